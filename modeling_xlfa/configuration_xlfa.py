@@ -1,0 +1,212 @@
+"""Configuration of XLFA models."""
+
+import math
+
+from transformers import AutoConfig, PretrainedConfig
+
+SCHEMA_VERSION = 1
+
+# The whole map stands in every saved config: transformers alone would write the entry of the saved class, and
+# `AutoModel.from_pretrained` on a question-answering checkpoint would fail.
+AUTO_MAP = {
+    "AutoConfig": "configuration_xlfa.XLFAConfig",
+    "AutoModel": "modeling_xlfa.XLFAModel",
+    "AutoModelForQuestionAnswering": "modeling_xlfa.XLFAForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_xlfa.XLFAForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_xlfa.XLFAForTokenClassification",
+}
+
+CHOICES = {
+    "fusion": ("dlfa", "none"),
+    "fusion_gate": ("literal", "sigmoid"),
+    "fusion_norm": ("batch", "layer", "none"),
+    "ot_solver": ("sinkhorn", "exact", "product"),
+    "ot_epsilon_scale": ("centered_std", "std", "mean", "max", "absolute"),
+    "ot_cost": ("cosine", "sqeuclidean"),
+    "classifier_pooling": ("cls", "mean"),
+}
+
+
+class XLFAConfig(PretrainedConfig):
+    r"""Configuration of an XLFA model: an encoder, the fusion of its layers and the alignment term.
+
+    Args:
+        text_config (`PretrainedConfig` or `dict`, *optional*):
+            Any encoder that `AutoConfig` knows; by default an XLM-R base.
+        fusion (`str`, defaults to `"dlfa"`):
+            `"dlfa"` fuses a lower layer with the last one (Chen et al. 2022, eq. 2); `"none"` is the plain last layer.
+        fusion_layer (`int`, *optional*):
+            The lower layer, 1..N-1 of N; by default at two thirds of the depth (8 of 12).
+        fusion_gate (`str`, defaults to `"literal"`):
+            `"literal"`: AIF's output gates, as published; `"sigmoid"`: AIF's attention in (0, 1) gates, as in AFF.
+        fusion_reduction (`int`, defaults to 4):
+            r of the bottleneck: hidden size / r channels.
+        fusion_norm (`str`, defaults to `"batch"`):
+            Normalisation inside AIF: `"batch"` as published, `"layer"`, or `"none"`.
+        fusion_layer_norm (`bool`, defaults to `False`):
+            A LayerNorm on each fused layer, for encoders whose intermediate states are not normalised.
+        ot_weight (`float`, defaults to 0.0):
+            Weight of the optimal-transport term in the loss; 0 switches it off.
+        ot_epsilon (`float`, defaults to 0.1):
+            Strength of the entropic regularisation, finite and positive, in units of `ot_epsilon_scale`.
+        ot_solver (`str`, defaults to `"sinkhorn"`):
+            `"sinkhorn"`; or a limit of epsilon: `"exact"` (towards 0; needs POT), `"product"` (towards infinity).
+        ot_epsilon_scale (`str`, defaults to `"centered_std"`):
+            Unit of epsilon: the standard deviation of a pair's double-centred cost; or `"std"`, `"mean"`, `"max"` of the
+            cost; or `"absolute"`.
+        ot_cost (`str`, defaults to `"cosine"`):
+            `"cosine"`: 1 - cos(x, y); `"sqeuclidean"`: ||x - y||² / 2.
+        ot_layer (`str` or `int`, defaults to `"fused"`):
+            States that are aligned: `"fused"` (the last layer where `fusion="none"`) or a layer index 0..N.
+        ot_max_iter (`int`, defaults to 5000):
+            Most Sinkhorn sweeps for a pair.
+        ot_tol (`float`, defaults to 1e-3):
+            L1 error of the marginals at which a pair counts as converged.
+        classifier_dropout (`float`, *optional*):
+            Dropout in front of the head; by default the encoder's hidden dropout, or 0.1.
+        classifier_pooling (`str`, defaults to `"cls"`):
+            Sentence vector for sequence classification: the first token's state, or the mean over tokens.
+
+    Raises:
+        ValueError: if a field has a value that is not allowed; the message names field, value and what is allowed.
+
+    Example:
+
+    ```python
+    >>> from modeling_xlfa import XLFAConfig
+    >>> config = XLFAConfig(fusion_layer=8, ot_weight=0.1, ot_epsilon=0.05)
+    >>> config.fusion_layer, config.ot_epsilon
+    (8, 0.05)
+    ```
+    """
+
+    model_type = "xlfa"
+    sub_configs = {"text_config": AutoConfig}
+    # Trainer's predict() returns every output that is not named here or None: logits must come first.
+    keys_to_ignore_at_inference = [
+        "task_loss",
+        "ot_loss",
+        "ot_statistics",
+        "last_hidden_state",
+        "hidden_states",
+        "attentions",
+    ]
+
+    def __init__(
+        self,
+        text_config=None,
+        fusion="dlfa",
+        fusion_layer=None,
+        fusion_gate="literal",
+        fusion_reduction=4,
+        fusion_norm="batch",
+        fusion_layer_norm=False,
+        ot_weight=0.0,
+        ot_epsilon=0.1,
+        ot_solver="sinkhorn",
+        ot_epsilon_scale="centered_std",
+        ot_cost="cosine",
+        ot_layer="fused",
+        ot_max_iter=5000,
+        ot_tol=1e-3,
+        classifier_dropout=None,
+        classifier_pooling="cls",
+        schema_version=SCHEMA_VERSION,
+        **kwargs,
+    ):
+        if text_config is None:
+            text_config = AutoConfig.for_model("xlm-roberta")
+        elif isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        # The name is a path on the machine that trained the model; it must not travel into a published config.
+        text_config._name_or_path = ""
+        self.text_config = text_config
+
+        if fusion_layer is None:
+            depth = text_config.num_hidden_layers
+            fusion_layer = max(1, min(depth - 1, round(2 * depth / 3)))
+        if classifier_dropout is None:
+            classifier_dropout = getattr(text_config, "hidden_dropout_prob", None)
+            classifier_dropout = 0.1 if classifier_dropout is None else classifier_dropout
+
+        self.fusion = fusion
+        self.fusion_layer = fusion_layer
+        self.fusion_gate = fusion_gate
+        self.fusion_reduction = fusion_reduction
+        self.fusion_norm = fusion_norm
+        self.fusion_layer_norm = fusion_layer_norm
+        self.ot_weight = ot_weight
+        self.ot_epsilon = ot_epsilon
+        self.ot_solver = ot_solver
+        self.ot_epsilon_scale = ot_epsilon_scale
+        self.ot_cost = ot_cost
+        self.ot_layer = ot_layer
+        self.ot_max_iter = ot_max_iter
+        self.ot_tol = ot_tol
+        self.classifier_dropout = classifier_dropout
+        self.classifier_pooling = classifier_pooling
+        self.schema_version = schema_version
+
+        kwargs.setdefault("pad_token_id", getattr(text_config, "pad_token_id", None))
+        # Written anew on every load: a checkpoint cannot point its classes at other code.
+        kwargs.pop("auto_map", None)
+        super().__init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        self.check_fields()
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text_config.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.text_config.num_hidden_layers
+
+    def check_fields(self) -> None:
+        """Raise `ValueError` for the first field with a value that is not allowed.
+
+        Models call this again when they are built: `from_pretrained(…, ot_epsilon=…)` sets fields after `__init__`.
+        """
+        if getattr(self.text_config, "is_encoder_decoder", False) or getattr(self.text_config, "is_decoder", False):
+            raise ValueError(f"text_config: {self.text_config.model_type!r} is not an encoder-only model")
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                self._reject(field, f"one of {', '.join(map(repr, allowed))}")
+
+        depth = self.num_hidden_layers
+        if self.fusion == "dlfa" and not (_is_int(self.fusion_layer) and 1 <= self.fusion_layer <= depth - 1):
+            self._reject("fusion_layer", f"a layer index 1..{depth - 1} (the encoder has {depth} layers)")
+        if not (_is_int(self.fusion_reduction) and 1 <= self.fusion_reduction <= self.hidden_size):
+            self._reject("fusion_reduction", f"an integer 1..{self.hidden_size} (the hidden size)")
+        if not isinstance(self.fusion_layer_norm, bool):
+            self._reject("fusion_layer_norm", "True or False")
+
+        if not (_is_finite(self.ot_weight) and self.ot_weight >= 0):
+            self._reject("ot_weight", "a finite number >= 0 (0 switches the term off)")
+        if not (_is_finite(self.ot_epsilon) and self.ot_epsilon > 0):
+            self._reject("ot_epsilon", 'a finite number > 0 (its limits are ot_solver="exact" and ot_solver="product")')
+        if self.ot_layer != "fused" and not (_is_int(self.ot_layer) and 0 <= self.ot_layer <= depth):
+            self._reject("ot_layer", f"'fused' or a layer index 0..{depth}")
+        if not (_is_int(self.ot_max_iter) and self.ot_max_iter >= 1):
+            self._reject("ot_max_iter", "an integer >= 1")
+        if not (_is_finite(self.ot_tol) and self.ot_tol > 0):
+            self._reject("ot_tol", "a finite number > 0")
+
+        if not (_is_finite(self.classifier_dropout) and 0 <= self.classifier_dropout < 1):
+            self._reject("classifier_dropout", "a number in [0, 1)")
+        if not (_is_int(self.schema_version) and 1 <= self.schema_version <= SCHEMA_VERSION):
+            self._reject("schema_version", f"1..{SCHEMA_VERSION}; a newer checkpoint needs a newer version of xlfa")
+
+    def _reject(self, field: str, allowed: str) -> None:
+        raise ValueError(f"{field}={getattr(self, field)!r} is not allowed: it must be {allowed}")
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+XLFAConfig.register_for_auto_class()

@@ -1,0 +1,473 @@
+"""XLFA models: an encoder with feature aggregation, an alignment term in `forward`, and three heads."""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import CrossEntropyLoss
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import ModelOutput
+
+from .configuration_xlfa import XLFAConfig
+from .fusion_xlfa import DLFA
+from .transport_xlfa import TransportResult, alignment_loss
+
+
+@dataclass
+class XLFAModelOutput(ModelOutput):
+    """Output of `XLFAModel`.
+
+    Args:
+        last_hidden_state: B x T x E, the fused states (the last layer's where `fusion="none"`).
+        ot_loss: scalar, the alignment term before `ot_weight`; None without pairs.
+        ot_statistics: what the solver did, one detached value a pair; None without pairs. See `transport_statistics`.
+        hidden_states: the encoder's own states H_0..H_N, each B x T x E, on request.
+        attentions: the encoder's attention weights, on request.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    ot_loss: torch.FloatTensor | None = None
+    ot_statistics: dict[str, torch.Tensor] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class XLFAClassifierOutput(ModelOutput):
+    """Output of the classification heads.
+
+    Args:
+        loss: scalar, task_loss + ot_weight · ot_loss, of the parts that are there.
+        logits: B x labels for sequences, B x T x labels for tokens.
+        task_loss: scalar, the cross entropy; None without labels.
+        ot_loss, ot_statistics, hidden_states, attentions: see `XLFAModelOutput`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    task_loss: torch.FloatTensor | None = None
+    ot_loss: torch.FloatTensor | None = None
+    ot_statistics: dict[str, torch.Tensor] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class XLFAQuestionAnsweringOutput(ModelOutput):
+    """Output of the question-answering head.
+
+    Args:
+        loss: scalar, task_loss + ot_weight · ot_loss, of the parts that are there.
+        start_logits, end_logits: B x T.
+        task_loss: scalar, mean of the two cross entropies; None without positions.
+        ot_loss, ot_statistics, hidden_states, attentions: see `XLFAModelOutput`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    start_logits: torch.FloatTensor | None = None
+    end_logits: torch.FloatTensor | None = None
+    task_loss: torch.FloatTensor | None = None
+    ot_loss: torch.FloatTensor | None = None
+    ot_statistics: dict[str, torch.Tensor] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class XLFAPreTrainedModel(PreTrainedModel):
+    config_class = XLFAConfig
+    base_model_prefix = "xlfa"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    # With loss kwargs Trainer would leave the division by the accumulation steps to the model, and the loss would be
+    # that many times too large (transformers issue 47688).
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: XLFAConfig, *args, **kwargs):
+        config.check_fields()
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_encoder(
+        cls, name_or_path: str, encoder_config: dict | None = None, **config_fields
+    ) -> "XLFAPreTrainedModel":
+        """Build a model on a pretrained encoder; fusion and head start from random weights.
+
+        Args:
+            name_or_path: a Hub id or a folder of an encoder (not of an XLFA model).
+            encoder_config: fields of the encoder's own config to change, such as its dropout.
+            config_fields: fields of `XLFAConfig`, and `num_labels` or `id2label` for the classification heads;
+                `attn_implementation` goes to the encoder.
+
+        Raises:
+            ValueError: for a bad field, a model that is no encoder, or an XLFA checkpoint.
+            OSError: where transformers finds no model of that name.
+
+        Example:
+
+        ```python
+        >>> from modeling_xlfa import XLFAForQuestionAnswering
+        >>> model = XLFAForQuestionAnswering.from_encoder("xlm-roberta-base", ot_weight=0.1)  # doctest: +SKIP
+        ```
+        """
+        attn_implementation = config_fields.pop("attn_implementation", None)
+        text_config = AutoConfig.from_pretrained(name_or_path)
+        if text_config.model_type == XLFAConfig.model_type:
+            raise ValueError(f"{name_or_path!r} is an XLFA checkpoint: load it with from_pretrained")
+        for field, value in (encoder_config or {}).items():
+            if not hasattr(text_config, field):
+                raise ValueError(f"encoder_config: the {text_config.model_type} config has no field {field!r}")
+            setattr(text_config, field, value)
+        text_config._attn_implementation = attn_implementation
+        model = cls(XLFAConfig(text_config=text_config, **config_fields))
+        model.base_model.encoder.load_state_dict(load_encoder(name_or_path, text_config).state_dict())
+        return model
+
+    def combine_losses(
+        self, task_loss: torch.Tensor | None, ot_loss: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """task_loss + ot_weight · ot_loss, of the parts that are there."""
+        parts = [loss for loss in (task_loss, None if ot_loss is None else self.config.ot_weight * ot_loss) if loss is not None]
+        return sum(parts[1:], start=parts[0]) if parts else None
+
+
+class XLFAModel(XLFAPreTrainedModel):
+    """Encoder, fusion of two of its layers, and the alignment term on parallel sentences."""
+
+    # A head's checkpoint loads as its encoder part; the head's own weights are not missed.
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^qa_outputs\."]
+
+    def __init__(self, config: XLFAConfig):
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.text_config)
+        if hasattr(self.encoder, "pooler"):
+            # Unused: without a gradient it would break distributed training.
+            self.encoder.pooler = None
+        if config.fusion == "dlfa":
+            self.fusion = DLFA(
+                config.hidden_size,
+                gate=config.fusion_gate,
+                reduction=config.fusion_reduction,
+                norm=config.fusion_norm,
+                layer_norm=config.fusion_layer_norm,
+            )
+        else:
+            self.fusion = None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        source_input_ids: torch.Tensor | None = None,
+        source_attention_mask: torch.Tensor | None = None,
+        source_special_tokens_mask: torch.Tensor | None = None,
+        target_input_ids: torch.Tensor | None = None,
+        target_attention_mask: torch.Tensor | None = None,
+        target_special_tokens_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> XLFAModelOutput:
+        """Encode the task batch, the parallel pairs, or both.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds: the task batch, as for the encoder.
+            source_input_ids, target_input_ids: P x S and P x U, both sides of P parallel sentence pairs.
+            source_attention_mask, target_attention_mask: 1 on tokens, 0 on padding; by default all ones.
+            source_special_tokens_mask, target_special_tokens_mask: 1 on special tokens, which are not aligned; by
+                default none are special.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        output = XLFAModelOutput()
+        if input_ids is not None or inputs_embeds is not None:
+            optional = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+            if attention_mask is None:
+                attention_mask = torch.ones(
+                    (input_ids if inputs_embeds is None else inputs_embeds).shape[:2],
+                    dtype=torch.long,
+                    device=self.device,
+                )
+            encoded = self.encoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                output_attentions=output_attentions,
+                output_hidden_states=bool(output_hidden_states) or self.fusion is not None,
+                return_dict=True,
+                **{name: value for name, value in optional.items() if value is not None},
+            )
+            output.last_hidden_state = self._fuse(encoded, attention_mask)
+            output.hidden_states = encoded.hidden_states if output_hidden_states else None
+            output.attentions = encoded.attentions if output_attentions else None
+        if source_input_ids is not None and target_input_ids is not None:
+            output.ot_loss, result = self.align(
+                _Sentences(source_input_ids, source_attention_mask, source_special_tokens_mask),
+                _Sentences(target_input_ids, target_attention_mask, target_special_tokens_mask),
+            )
+            output.ot_statistics = transport_statistics(result)
+        elif (source_input_ids is None) != (target_input_ids is None):
+            raise ValueError("alignment needs both source_input_ids and target_input_ids; one of them is missing")
+        return output if return_dict else output.to_tuple()
+
+    def align(self, source: "_Sentences", target: "_Sentences") -> tuple[torch.Tensor, TransportResult]:
+        """The alignment term of a batch of pairs and what the solver did."""
+        config = self.config
+        states, mask = self._alignment_states(source, target)
+        pairs = source.input_ids.shape[0]
+        return alignment_loss(
+            states[:pairs],
+            states[pairs:],
+            mask[:pairs],
+            mask[pairs:],
+            epsilon=config.ot_epsilon,
+            epsilon_scale=config.ot_epsilon_scale,
+            cost=config.ot_cost,
+            solver=config.ot_solver,
+            max_iter=config.ot_max_iter,
+            tol=config.ot_tol,
+        )
+
+    def _alignment_states(self, source: "_Sentences", target: "_Sentences") -> tuple[torch.Tensor, torch.Tensor]:
+        """States of `ot_layer` and the mask of alignable tokens, source sentences first, one encoder call for both."""
+        length = max(source.input_ids.shape[1], target.input_ids.shape[1])
+        pad = self.config.pad_token_id or 0
+        input_ids = torch.cat([_pad_to(side.input_ids, length, pad) for side in (source, target)])
+        attention_mask = torch.cat([_pad_to(side.attention_mask, length, 0) for side in (source, target)])
+        special = torch.cat([_pad_to(side.special_tokens_mask, length, 1) for side in (source, target)])
+
+        layer = self.config.ot_layer
+        needs_states = layer != "fused" or self.fusion is not None
+        # Dropout of the alignment sequences draws from a copy of the generator, so that the task batches of a run see
+        # the same dropout with the term and without it.
+        devices = [input_ids.device] if input_ids.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=self.training):
+            encoded = self.encoder(
+                input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=needs_states, return_dict=True
+            )
+        if layer == "fused":
+            states = self._fuse(encoded, attention_mask, update_statistics=False)
+        else:
+            states = encoded.hidden_states[layer]
+        return states, attention_mask * (1 - special)
+
+    def _fuse(self, encoded: ModelOutput, attention_mask: torch.Tensor, update_statistics: bool = True) -> torch.Tensor:
+        if self.fusion is None:
+            return encoded.last_hidden_state
+        lower = encoded.hidden_states[self.config.fusion_layer]
+        return self.fusion(lower, encoded.last_hidden_state, attention_mask, update_statistics)
+
+
+class _Sentences:
+    """One side of a batch of sentence pairs; missing masks mean: no padding, no special tokens."""
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        special_tokens_mask: torch.Tensor | None = None,
+    ):
+        self.input_ids = input_ids
+        self.attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self.special_tokens_mask = torch.zeros_like(input_ids) if special_tokens_mask is None else special_tokens_mask
+
+
+class XLFAForQuestionAnswering(XLFAPreTrainedModel):
+    """Extractive question answering: start and end logits over the fused states."""
+
+    def __init__(self, config: XLFAConfig):
+        super().__init__(config)
+        self.xlfa = XLFAModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        source_input_ids: torch.Tensor | None = None,
+        source_attention_mask: torch.Tensor | None = None,
+        source_special_tokens_mask: torch.Tensor | None = None,
+        target_input_ids: torch.Tensor | None = None,
+        target_attention_mask: torch.Tensor | None = None,
+        target_special_tokens_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> XLFAQuestionAnsweringOutput:
+        """See `XLFAModel.forward`; `start_positions` and `end_positions` are B, token indices of the answer."""
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        encoded = self.xlfa(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            source_input_ids=source_input_ids,
+            source_attention_mask=source_attention_mask,
+            source_special_tokens_mask=source_special_tokens_mask,
+            target_input_ids=target_input_ids,
+            target_attention_mask=target_attention_mask,
+            target_special_tokens_mask=target_special_tokens_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        start_logits, end_logits = self.qa_outputs(self.dropout(encoded.last_hidden_state)).unbind(-1)
+        task_loss = None
+        if start_positions is not None and end_positions is not None:
+            # A position outside the window counts as none: it is set to the first index past the end and ignored.
+            past_end = start_logits.shape[1]
+            criterion = CrossEntropyLoss(ignore_index=past_end)
+            start_loss = criterion(_at_least_float32(start_logits), start_positions.clamp(0, past_end))
+            end_loss = criterion(_at_least_float32(end_logits), end_positions.clamp(0, past_end))
+            task_loss = (start_loss + end_loss) / 2
+        output = XLFAQuestionAnsweringOutput(
+            loss=self.combine_losses(task_loss, encoded.ot_loss),
+            start_logits=start_logits,
+            end_logits=end_logits,
+            task_loss=task_loss,
+            ot_loss=encoded.ot_loss,
+            ot_statistics=encoded.ot_statistics,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+class _XLFAClassifier(XLFAPreTrainedModel):
+    """A linear classifier over the fused states, shared by the two classification heads."""
+
+    def __init__(self, config: XLFAConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.xlfa = XLFAModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def select_features(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The states that are classified, out of B x T x E."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        source_input_ids: torch.Tensor | None = None,
+        source_attention_mask: torch.Tensor | None = None,
+        source_special_tokens_mask: torch.Tensor | None = None,
+        target_input_ids: torch.Tensor | None = None,
+        target_attention_mask: torch.Tensor | None = None,
+        target_special_tokens_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> XLFAClassifierOutput:
+        """See `XLFAModel.forward`; `labels` are B for sequences and B x T for tokens, -100 where not scored."""
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        encoded = self.xlfa(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            source_input_ids=source_input_ids,
+            source_attention_mask=source_attention_mask,
+            source_special_tokens_mask=source_special_tokens_mask,
+            target_input_ids=target_input_ids,
+            target_attention_mask=target_attention_mask,
+            target_special_tokens_mask=target_special_tokens_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        features = self.select_features(encoded.last_hidden_state, attention_mask)
+        logits = self.classifier(self.dropout(features))
+        task_loss = None
+        if labels is not None:
+            task_loss = CrossEntropyLoss()(_at_least_float32(logits).view(-1, self.num_labels), labels.view(-1))
+        output = XLFAClassifierOutput(
+            loss=self.combine_losses(task_loss, encoded.ot_loss),
+            logits=logits,
+            task_loss=task_loss,
+            ot_loss=encoded.ot_loss,
+            ot_statistics=encoded.ot_statistics,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+class XLFAForSequenceClassification(_XLFAClassifier):
+    """One label a sequence, from the first token's state or the mean over tokens (`classifier_pooling`)."""
+
+    def select_features(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        if self.config.classifier_pooling == "cls":
+            return states[:, 0]
+        if attention_mask is None:
+            return states.mean(dim=1)
+        weights = attention_mask.unsqueeze(-1).to(states.dtype)
+        return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+class XLFAForTokenClassification(_XLFAClassifier):
+    """One label a token."""
+
+    def select_features(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return states
+
+
+def transport_statistics(result: TransportResult) -> dict[str, torch.Tensor]:
+    """What training logs of a solve, one value a pair: plan entropy (nats), iterations, marginal error, absolute epsilon
+    and whether the pair did not converge."""
+    return {
+        "plan_entropy": result.plan_entropy.detach(),
+        "iterations": result.iterations,
+        "marginal_error": result.marginal_error.detach(),
+        "epsilon": result.epsilon,
+        "not_converged": ~result.converged,
+    }
+
+
+def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def load_encoder(name_or_path: str, text_config: PretrainedConfig) -> PreTrainedModel:
+    """The pretrained encoder of that name in float32, without a pooler where its class has one."""
+    encoder_class = MODEL_MAPPING[type(text_config)]
+    has_pooler = "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters
+    options = {"add_pooling_layer": False} if has_pooler else {}
+    return encoder_class.from_pretrained(name_or_path, config=text_config, dtype=torch.float32, **options)
+
+
+def _pad_to(tensor: torch.Tensor, length: int, value: int) -> torch.Tensor:
+    return nn.functional.pad(tensor, (0, length - tensor.shape[1]), value=value)
+
+
+XLFAModel.register_for_auto_class("AutoModel")
+XLFAForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
+XLFAForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+XLFAForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

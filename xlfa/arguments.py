@@ -1,0 +1,160 @@
+"""Command lines: flags as dataclass fields, with a YAML file and a task's recipe as lower layers."""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from modeling_xlfa.configuration_xlfa import CHOICES
+from xlfa.errors import XLFAError
+from xlfa.tasks import TASKS, get_task
+
+
+def _choice(name: str, help: str) -> Any:
+    return field(default=None, metadata={"help": help, "choices": list(CHOICES[name])})
+
+
+def _option(help: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """The encoder and every field of `XLFAConfig`; a field that is not given has the config's default."""
+
+    model: str = field(
+        metadata={"help": "Encoder to start from: a Hub id, a folder, or packaged:multilingual-e5-small (from PyPI)."}
+    )
+    fusion: str | None = _choice("fusion", "dlfa: fuse a lower layer with the last one; none: the plain last layer.")
+    fusion_layer: int | None = _option("Lower layer, 1..N-1; by default at two thirds of the depth.")
+    fusion_gate: str | None = _choice("fusion_gate", "literal: as published; sigmoid: a gate in (0, 1).")
+    fusion_reduction: int | None = _option("Bottleneck of the gate: hidden size / r channels (4).")
+    fusion_norm: str | None = _choice("fusion_norm", "Normalisation inside the gate; batch as published.")
+    fusion_layer_norm: bool | None = _option("A LayerNorm on each fused layer.")
+    ot_weight: float | None = _option("Weight of the optimal-transport term; 0 (default) switches it off.")
+    ot_epsilon: float | None = _option("Entropic regularisation in units of --ot_epsilon_scale (0.1).")
+    ot_solver: str | None = _choice("ot_solver", "sinkhorn, or a limit of epsilon: exact (0), product (infinity).")
+    ot_epsilon_scale: str | None = _choice("ot_epsilon_scale", "Unit of epsilon (centered_std).")
+    ot_cost: str | None = _choice("ot_cost", "Cost between token states (cosine).")
+    ot_layer: str | None = _option("States that are aligned: fused (default) or a layer index 0..N.")
+    ot_max_iter: int | None = _option("Most Sinkhorn sweeps for a pair (5000).")
+    ot_tol: float | None = _option("Marginal L1 error at which a pair has converged (0.001).")
+    classifier_dropout: float | None = _option("Dropout in front of the head.")
+    classifier_pooling: str | None = _choice("classifier_pooling", "Sentence vector for sequence classification.")
+    encoder_config: str | None = _option(
+        'Fields of the encoder\'s own config as JSON, such as {"attention_probs_dropout_prob": 0.0}.'
+    )
+    attn_implementation: str | None = _option("Attention of the encoder: sdpa, eager, flash_attention_2, ….")
+    freeze_word_embeddings: bool = _option("Do not train the word embeddings.", False)
+    trim_vocab: bool = _option(
+        "Keep only the vocabulary that the training, parallel and scored texts of the task need.", False
+    )
+
+    def config_fields(self) -> dict[str, Any]:
+        """The `XLFAConfig` fields that were given."""
+        own = ("model", "encoder_config", "freeze_word_embeddings", "trim_vocab")
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None and name not in own}
+        if str(given.get("ot_layer", "")).isdigit():
+            given["ot_layer"] = int(given["ot_layer"])
+        return given
+
+
+@dataclass
+class DataArguments:
+    """What is trained on."""
+
+    task: str = field(metadata={"help": "Task to train.", "choices": list(TASKS)})
+    data_root: str | None = _option(
+        "Folder with data sets as <org>/<name> instead of the Hub, or 'sample' for the embedded texts."
+    )
+    train_dataset: str | None = _option("Training set instead of the task's own; same columns.")
+    max_train_examples: int | None = _option("Train on a seeded sample of that many examples.")
+    max_eval_examples: int | None = _option("Validate on a seeded sample of at most that many English examples.")
+    max_length: int | None = _option("Longest input in tokens, by default XTREME's.")
+    doc_stride: int | None = _option("Tokens that neighbouring windows of a context share (QA).")
+    parallel_dataset: str | None = _option("Data set with a `translation` column; needed where ot_weight > 0.")
+    parallel_languages: list[str] | None = _option("Languages of the parallel text, by default the task's.")
+    parallel_filter: list[str] | None = _option("column=value; only pairs for which all filters hold.")
+    parallel_pairs_per_language: int | None = _option("Use a seeded sample of that many pairs a language.")
+    parallel_max_length: int = _option("Pairs with a longer side, in tokens, are left out.", 128)
+
+
+@dataclass
+class XLFATrainingArguments(TrainingArguments):
+    """transformers' own arguments with other defaults: validation and a checkpoint after every epoch."""
+
+    eval_strategy: str = _option("When to score the English validation split: no, steps, epoch.", "epoch")
+    save_strategy: str = _option("When to save a checkpoint: no, steps, epoch, best.", "epoch")
+    save_total_limit: int | None = _option("Checkpoints that are kept.", 2)
+    logging_steps: float = _option("Steps between two lines of the log.", 50)
+    report_to: None | str | list[str] = _option("Trackers, such as tensorboard or wandb.", "none")
+
+    def __post_init__(self):
+        # transformers refuses --bf16 on a machine without an accelerator unless it is told that there is none.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
+
+def parse_arguments(types: list[type], argv: list[str], program: str, description: str) -> tuple:
+    """Instances of the dataclasses `types` from a command line that may begin with a YAML file.
+
+    Later layers win: XTREME's recipe of the task, the YAML file, the flags.
+
+    Raises:
+        XLFAError: for a file that is no mapping, an unknown flag or key, or a value that a dataclass refuses.
+    """
+    argv = list(argv)
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        argv = yaml_flags(Path(argv[0])) + argv[1:]
+    parser = HfArgumentParser(types, prog=program, description=description, allow_abbrev=False)
+    if XLFATrainingArguments in types:
+        argv = task_flags(argv) + argv
+    try:
+        *instances, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except (ValueError, ImportError) as error:
+        raise XLFAError(str(error)) from None
+    if unknown:
+        raise XLFAError(f"unknown argument {' '.join(unknown)}: {program} --help lists them all")
+    return tuple(instances)
+
+
+def yaml_flags(path: Path) -> list[str]:
+    """A YAML mapping as flags: `--key value`, lists as several values, mappings as JSON, null left out."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise XLFAError(f"no configuration file {path}") from None
+    except yaml.YAMLError as error:
+        raise XLFAError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise XLFAError(f"{path} must hold a mapping of flags to values")
+    flags = []
+    for key, value in content.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{key}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
+    return flags
+
+
+def task_flags(argv: list[str]) -> list[str]:
+    """XTREME's recipe for the task that the command line names."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--task")
+    name = finder.parse_known_args(argv)[0].task
+    if name is None:
+        return []
+    defaults = get_task(name).defaults
+    return [
+        *("--learning_rate", str(defaults.learning_rate)),
+        *("--per_device_train_batch_size", str(defaults.batch_size)),
+        *("--num_train_epochs", str(defaults.epochs)),
+        *("--max_length", str(defaults.max_length)),
+        *("--doc_stride", str(defaults.doc_stride)),
+    ]

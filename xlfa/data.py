@@ -1,0 +1,112 @@
+"""Loading data sets: from the Hub, from a local mirror of it, or from the sample that ships with the package."""
+
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, get_dataset_config_names, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from xlfa.errors import XLFAError
+
+# `--data_root sample`: the embedded texts, for trying the tool out.
+SAMPLE = "sample"
+SAMPLE_ROOT = Path(__file__).parent / "sample_data"
+
+
+def dataset_location(dataset: str, data_root: str | None) -> str:
+    """What `load_dataset` is given for a Hub id: the id, or the folder `data_root`/<org>/<name>.
+
+    Raises:
+        XLFAError: if that folder does not exist.
+    """
+    if data_root is None:
+        return dataset
+    folder = (SAMPLE_ROOT if data_root == SAMPLE else Path(data_root).expanduser()) / dataset
+    if not folder.is_dir():
+        raise XLFAError(f"no data set {dataset!r} under --data_root {data_root}: the folder {folder} does not exist")
+    return str(folder.resolve())
+
+
+def load_rows(
+    dataset: str, config: str | None, split: str, data_root: str | None = None, columns: tuple[str, ...] = ()
+) -> Dataset:
+    """One split of a data set, after a check that it has rows and the columns that are needed.
+
+    Args:
+        dataset: a Hub id such as `facebook/xnli`.
+        config: the configuration, None for the default one.
+        split: `train`, `validation` or `test`.
+        data_root: a folder laid out as <org>/<name>, or `sample`, instead of the Hub.
+        columns: names that must be there.
+
+    Raises:
+        XLFAError: if the data set, the configuration, the split or a column does not exist, or the split is empty.
+    """
+    location = dataset_location(dataset, data_root)
+    place = f"{dataset} ({config or 'default'}, {split})"
+    try:
+        rows = load_dataset(location, config, split=split)
+    except DatasetNotFoundError:
+        raise XLFAError(
+            f"no data set {dataset!r} on the Hub, or no access to it: check the id, log in with `hf auth login` where it "
+            "is gated, or name a local mirror with --data_root"
+        ) from None
+    except ConnectionError as error:
+        raise XLFAError(
+            f"the data set {dataset!r} cannot be reached ({error}): name a local mirror with --data_root"
+        ) from None
+    except (ValueError, FileNotFoundError) as error:
+        known = _config_names(location)
+        if known is not None and config is not None and config not in known:
+            raise XLFAError(f"{dataset} has no configuration {config!r}; it has: {', '.join(known)}") from None
+        raise XLFAError(f"cannot load {place}: {error}") from None
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        raise XLFAError(f"{place} has no column {', '.join(missing)}; it has: {', '.join(rows.column_names)}")
+    if len(rows) == 0:
+        raise XLFAError(f"{place} is empty: there is nothing to train on or score")
+    return rows
+
+
+def _config_names(location: str) -> list[str] | None:
+    try:
+        return get_dataset_config_names(location)
+    except (ValueError, FileNotFoundError, ConnectionError):
+        return None
+
+
+def sample_clusters(clusters: list[str], max_examples: int | None, seed: int) -> list[int]:
+    """Positions of a seeded sample of whole clusters, in their order, at most `max_examples` of them.
+
+    Args:
+        clusters: the cluster of each example (a premise, a paragraph).
+        max_examples: None for all.
+        seed: of the draw of clusters.
+
+    Raises:
+        XLFAError: if not even the first drawn cluster fits.
+    """
+    if max_examples is None or max_examples >= len(clusters):
+        return list(range(len(clusters)))
+    members: dict[str, list[int]] = {}
+    for position, cluster in enumerate(clusters):
+        members.setdefault(cluster, []).append(position)
+    chosen: list[int] = []
+    names = list(members)
+    for index in np.random.default_rng(seed).permutation(len(names)):
+        if len(chosen) + len(members[names[index]]) > max_examples:
+            break
+        chosen += members[names[index]]
+    if not chosen:
+        raise XLFAError(f"--max_examples {max_examples} is smaller than one cluster of examples that belong together")
+    return sorted(chosen)
+
+
+def hold_out_groups(groups: list[str], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Split positions into (kept, held out) so that no group is on both sides; `fraction` of the groups is held out."""
+    names = list(dict.fromkeys(groups))
+    order = np.random.default_rng(seed).permutation(len(names))
+    held = {names[index] for index in order[: max(1, round(fraction * len(names)))]}
+    kept_positions = [position for position, group in enumerate(groups) if group not in held]
+    held_positions = [position for position, group in enumerate(groups) if group in held]
+    return kept_positions, held_positions

@@ -1,0 +1,21 @@
+"""The one exception for input that a user can mend, and how command lines print it."""
+
+import sys
+from collections.abc import Callable
+
+
+class XLFAError(ValueError):
+    """Input that cannot be used: names the value, the place it came from and the remedy.
+
+    A `ValueError`, so that callers of the Python API need not know this class; command lines print the message
+    alone, without a traceback.
+    """
+
+
+def exit_with_message(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
+    """Run the command line `main` on `argv`; on `XLFAError` print `error: …` to stderr and exit with status 2."""
+    try:
+        main(argv)
+    except XLFAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,137 @@
+"""Parallel sentences for the alignment term: loading, filtering, and a draw that depends on seed and step alone."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from xlfa.data import load_rows
+from xlfa.errors import XLFAError
+
+logger = logging.getLogger(__name__)
+
+SOURCE_LANGUAGE = "en"
+
+
+def load_parallel(
+    dataset: str,
+    languages: list[str],
+    data_root: str | None = None,
+    filters: list[str] | None = None,
+    pairs_per_language: int | None = None,
+    seed: int = 0,
+) -> dict[str, list[tuple[str, str]]]:
+    """English-X sentence pairs by language from a data set with a `translation` column (as in Helsinki-NLP/opus-100).
+
+    Args:
+        dataset: a Hub id; its configurations are named `en-de` or `de-en`.
+        languages: ISO 639-1 codes of X.
+        data_root: see `xlfa.data.load_rows`.
+        filters: `column=value` each; all must hold.
+        pairs_per_language: a seeded sample of that many pairs of each language; None for all.
+        seed: of that sample.
+
+    Raises:
+        XLFAError: without a `translation` column, a language, a filter's column, or any pair that passes the filters.
+    """
+    pairs = {}
+    for language in languages:
+        rows = _load_language(dataset, language, data_root)
+        rows = _filtered(rows, filters or [], f"{dataset} ({language})")
+        if pairs_per_language is not None and pairs_per_language < len(rows):
+            rows = rows.shuffle(seed=seed).select(range(pairs_per_language))
+        pairs[language] = [(row[SOURCE_LANGUAGE], row[language]) for row in rows["translation"]]
+    return pairs
+
+
+def _load_language(dataset: str, language: str, data_root: str | None) -> Dataset:
+    names = [f"{SOURCE_LANGUAGE}-{language}", f"{language}-{SOURCE_LANGUAGE}"]
+    errors = []
+    for name in names:
+        try:
+            return load_rows(dataset, name, "train", data_root, ("translation",))
+        except XLFAError as error:
+            if "has no configuration" not in str(error):
+                raise
+            errors.append(str(error))
+    raise XLFAError(f"no parallel text for language {language!r}, as {' or '.join(names)}: {errors[0]}")
+
+
+def _filtered(rows: Dataset, filters: list[str], place: str) -> Dataset:
+    for text in filters:
+        column, equals, value = text.partition("=")
+        if not equals or column not in rows.column_names:
+            raise XLFAError(
+                f"--parallel_filter {text!r} must be column=value with a column of {place}: {', '.join(rows.column_names)}"
+            )
+        kept = [position for position, found in enumerate(rows[column]) if str(found) == value]
+        if not kept:
+            raise XLFAError(f"--parallel_filter {text!r} leaves no pair of {place}")
+        rows = rows.select(kept)
+    return rows
+
+
+@dataclass
+class PairSampler:
+    """Draws batches of tokenised pairs: languages uniformly, then a pair of the language uniformly.
+
+    The draw for an optimizer step is a pure function of `seed` and the step, so it is the same at any number of workers
+    or processes and after a resume; with replacement, so it never runs out.
+
+    Attributes:
+        pairs: language → list of (English ids, other ids), special tokens included.
+        tokenizer: pads.
+        seed: of the draws.
+    """
+
+    pairs: dict[str, list[tuple[list[int], list[int]]]]
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: dict[str, list[tuple[str, str]]],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        seed: int,
+    ) -> "PairSampler":
+        """Tokenise once. Pairs with a side of more than `max_length` tokens are left out, not cut, and counted.
+
+        Raises:
+            XLFAError: if that leaves a language without a pair.
+        """
+        pairs = {}
+        for language, both in texts.items():
+            sources, targets = (tokenizer(list(side))["input_ids"] for side in zip(*both))
+            fitting = [pair for pair in zip(sources, targets) if max(map(len, pair)) <= max_length]
+            logger.info("parallel text en-%s: %d pairs, %d too long", language, len(fitting), len(both) - len(fitting))
+            if not fitting:
+                raise XLFAError(f"no pair of en-{language} fits --parallel_max_length {max_length}")
+            pairs[language] = fitting
+        return cls(pairs, tokenizer, seed)
+
+    def draw(self, step: int, first: int, count: int) -> list[tuple[list[int], list[int]]]:
+        """Pairs `first` to `first + count` of the step's draw."""
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, step]))
+        uniform = generator.random((first + count, 2))[first:]
+        languages = list(self.pairs)
+        drawn = []
+        for language_draw, pair_draw in uniform:
+            candidates = self.pairs[languages[int(language_draw * len(languages))]]
+            drawn.append(candidates[int(pair_draw * len(candidates))])
+        return drawn
+
+    def batch(self, step: int, first: int, count: int) -> dict[str, torch.Tensor]:
+        """The same pairs as model inputs: ids, attention mask and special-token mask of both sides."""
+        inputs = {}
+        for side, sentences in zip(("source", "target"), zip(*self.draw(step, first, count))):
+            padded = self.tokenizer.pad({"input_ids": list(sentences)}, return_tensors="pt")
+            special = [self.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True) for ids in padded["input_ids"].tolist()]
+            inputs[f"{side}_input_ids"] = padded["input_ids"]
+            inputs[f"{side}_attention_mask"] = padded["attention_mask"]
+            inputs[f"{side}_special_tokens_mask"] = torch.tensor(special)
+        return inputs

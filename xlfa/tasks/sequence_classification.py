@@ -1,0 +1,97 @@
+"""Tasks that give one label to a pair of sentences (XNLI)."""
+
+import functools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import evaluate
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
+
+from modeling_xlfa import XLFAForSequenceClassification
+from xlfa.errors import XLFAError
+from xlfa.tasks.task import Prediction, Task
+
+logger = logging.getLogger(__name__)
+
+ACCURACY = Path(__file__).parent.parent / "metrics" / "accuracy.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceClassificationTask(Task):
+    """One label for a pair of sentences.
+
+    Attributes:
+        sentence_columns: the two text columns.
+        label_names: in the order of the label numbers.
+    """
+
+    sentence_columns: tuple[str, str]
+    label_names: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+
+    @property
+    def model_class(self) -> type:
+        return XLFAForSequenceClassification
+
+    def check_rows(self, rows: Dataset, place: str) -> None:
+        labels = rows["label"]
+        for position, label in enumerate(labels):
+            if label not in range(len(self.label_names)):
+                raise XLFAError(
+                    f"{place}: row {position} has label {label!r}; the task {self.name!r} knows 0..{len(self.label_names) - 1} "
+                    f"({', '.join(self.label_names)})"
+                )
+
+    def texts(self, rows: Dataset) -> list[str]:
+        return [text for column in self.sentence_columns for text in rows[column]]
+
+    def _encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+        first, second = (list(rows[column]) for column in self.sentence_columns)
+        encoded = tokenizer(first, second, truncation=True, max_length=max_length)
+        cut = sum(len(ids) == max_length for ids in encoded["input_ids"])
+        if cut:
+            logger.info("%d of %d pairs reach the limit of %d tokens and may be cut", cut, len(first), max_length)
+        return dict(encoded)
+
+    def training_features(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
+    ) -> Dataset:
+        return Dataset.from_dict({**self._encode(rows, tokenizer, max_length), "labels": list(rows["label"])})
+
+    def scoring_windows(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
+    ) -> list[dict[str, Any]]:
+        encoded = self._encode(rows, tokenizer, max_length)
+        return [
+            {"example": position, **dict(zip(encoded, values))}
+            for position, values in enumerate(zip(*encoded.values()))
+        ]
+
+    def read_outputs(self, outputs: ModelOutput, windows: list[dict[str, Any]]) -> list[Any]:
+        probabilities, labels = outputs.logits.float().softmax(-1).max(-1)
+        return list(zip(labels.tolist(), probabilities.tolist()))
+
+    def predictions(
+        self, rows: Dataset, ids: list[str], windows: list[dict[str, Any]], readings: list[Any]
+    ) -> list[Prediction]:
+        return [
+            Prediction(id, self.label_names[predicted], self.label_names[label], probability)
+            for id, label, (predicted, probability) in zip(ids, rows["label"], readings, strict=True)
+        ]
+
+    def score(self, predictions: list[Prediction], language: str) -> dict[str, float | None]:
+        numbers = {name: number for number, name in enumerate(self.label_names)}
+        result = _accuracy().compute(
+            predictions=[numbers[row.prediction] for row in predictions],
+            references=[numbers[row.label] for row in predictions],
+        )
+        return {"accuracy": result["accuracy"]}
+
+
+@functools.cache
+def _accuracy() -> evaluate.EvaluationModule:
+    return evaluate.load(str(ACCURACY))

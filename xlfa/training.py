@@ -1,0 +1,317 @@
+"""Training: transformers' Trainer with parallel pairs in every step and the parts of the loss in the log."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
+from xlfa.arguments import DataArguments, ModelArguments, XLFATrainingArguments, parse_arguments
+from xlfa.backbones import resolve_encoder
+from xlfa.environment import describe_threads, versions
+from xlfa.errors import XLFAError, exit_with_message
+from xlfa.files import write_text
+from xlfa.parallel import SOURCE_LANGUAGE, PairSampler, load_parallel
+from xlfa.prediction import predict
+from xlfa.tasks import Task, get_task
+from xlfa.vocabulary import trim_vocabulary
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+DESCRIPTION = "Fine-tune an encoder with feature aggregation and optimal-transport alignment on an English task."
+
+
+class XLFATrainer(Trainer):
+    """Trainer that adds parallel pairs to every batch, logs the parts of the loss and validates on English.
+
+    Args:
+        task: gives predictions and scores of the validation rows.
+        pair_sampler: None without the alignment term.
+        validation_rows: English examples, scored by `evaluate`.
+        max_length, doc_stride: of the validation windows.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        task: Task,
+        pair_sampler: PairSampler | None,
+        validation_rows: Dataset,
+        max_length: int,
+        doc_stride: int,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, eval_dataset=validation_rows, **kwargs)
+        self.task = task
+        self.pair_sampler = pair_sampler
+        self.validation_rows = validation_rows
+        self.max_length, self.doc_stride = max_length, doc_stride
+        self._part_sums: dict[str, torch.Tensor] = {}
+        self._part_counts: dict[str, int] = {}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The batches of one optimizer step, each with as many parallel pairs as it has task examples.
+
+        The pairs are positions of the step's draw, laid out so that the same global batch holds the same pairs at any
+        number of processes.
+        """
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.pair_sampler is not None:
+            processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+            for index, batch in enumerate(batches):
+                size = len(batch["input_ids"])
+                first = (index * processes + rank) * self.args.train_batch_size
+                batch.update(self.pair_sampler.batch(self.state.global_step, first, size))
+        return batches, count
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        self._add_part("task_loss", outputs.task_loss)
+        if outputs.ot_loss is not None:
+            self._add_part("ot_loss", outputs.ot_loss)
+            for name, values in outputs.ot_statistics.items():
+                self._add_part(f"ot_{name}", values.float().mean())
+        return (loss, outputs) if return_outputs else loss
+
+    def _add_part(self, name: str, value: torch.Tensor) -> None:
+        self._part_sums[name] = self._part_sums.get(name, 0) + value.detach()
+        self._part_counts[name] = self._part_counts.get(name, 0) + 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the loss parts since the last line of the training log."""
+        if "loss" in logs:
+            for name, total in self._part_sums.items():
+                mean = self.accelerator.reduce(total / self._part_counts[name], reduction="mean").item()
+                logs[name] = mean
+            if logs.get("ot_not_converged", 0) > 0:
+                logger.warning(
+                    "step %d: %.2g of the pairs did not converge within ot_max_iter sweeps",
+                    self.state.global_step,
+                    logs["ot_not_converged"],
+                )
+            self._part_sums, self._part_counts = {}, {}
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Scores of the English validation rows, by the code that scores every language."""
+        rows = self.validation_rows
+        predictions = predict(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            self.task,
+            rows,
+            self.task.example_ids(rows),
+            self.max_length,
+            self.doc_stride,
+            self.args.per_device_eval_batch_size,
+            bf16=self.args.bf16,
+            description="validation",
+        )
+        scores = self.task.score(predictions, SOURCE_LANGUAGE)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items() if value is not None}
+        metrics["epoch"] = self.state.epoch
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `train_xlfa.py` and `xlfa train`."""
+    model_args, data_args, training_args = parse_arguments(
+        [ModelArguments, DataArguments, XLFATrainingArguments],
+        sys.argv[1:] if argv is None else argv,
+        "train_xlfa.py",
+        DESCRIPTION,
+    )
+    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING, format="%(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    train(model_args, data_args, training_args)
+
+
+def train(
+    model_args: ModelArguments, data_args: DataArguments, training_args: XLFATrainingArguments
+) -> dict[str, float]:
+    """Train one model and save it, with `run.json`, into `training_args.output_dir`; returns the validation scores.
+
+    Raises:
+        XLFAError: for anything about the arguments or data that the user can mend.
+    """
+    checkpoint = find_checkpoint(training_args)
+    task = get_task(data_args.task)
+    logger.info(describe_threads())
+    set_seed(training_args.seed)
+
+    rows = task.load_training(
+        data_args.train_dataset, data_args.data_root, data_args.max_train_examples, training_args.seed
+    )
+    validation_rows = task.load_validation(data_args.train_dataset, data_args.data_root, data_args.max_eval_examples)
+    aligned = (model_args.ot_weight or 0) > 0
+    pair_texts = load_pair_texts(task, data_args, training_args.seed) if aligned else {}
+    encoder = resolve_encoder(model_args.model)
+    if model_args.trim_vocab:
+        encoder = trim_vocabulary(encoder, vocabulary_texts(task, data_args, [rows, validation_rows], pair_texts))
+    model, tokenizer = build_model(task, model_args, encoder)
+    features = task.training_features(rows, tokenizer, data_args.max_length, data_args.doc_stride)
+    logger.info("%d training examples, %d inputs; %d for validation", len(rows), len(features), len(validation_rows))
+
+    trainer = XLFATrainer(
+        model=model,
+        args=training_args,
+        train_dataset=features,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        task=task,
+        pair_sampler=PairSampler.from_texts(
+            pair_texts, tokenizer, data_args.parallel_max_length, training_args.data_seed or training_args.seed
+        )
+        if aligned
+        else None,
+        validation_rows=validation_rows,
+        max_length=data_args.max_length,
+        doc_stride=data_args.doc_stride,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        write_run_file(Path(training_args.output_dir), model_args, data_args, training_args, metrics)
+        print(f"trained model in {training_args.output_dir}")
+    return metrics
+
+
+def find_checkpoint(training_args: XLFATrainingArguments) -> str | None:
+    """The checkpoint to go on from, None for a new run.
+
+    Raises:
+        XLFAError: if the checkpoint asked for does not exist, or a new run would overwrite an older one.
+    """
+    wanted = training_args.resume_from_checkpoint
+    folder = Path(training_args.output_dir)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if wanted is None or wanted.lower() == "false":
+        if last is not None or (folder / RUN_FILE).exists():
+            raise XLFAError(
+                f"{folder} holds an earlier run: go on with --resume_from_checkpoint true, or name another --output_dir"
+            )
+        return None
+    checkpoint = last if wanted.lower() == "true" else wanted
+    if checkpoint is None:
+        raise XLFAError(f"--resume_from_checkpoint true: there is no checkpoint in {folder}")
+    if not (Path(checkpoint) / "trainer_state.json").is_file():
+        raise XLFAError(f"--resume_from_checkpoint {checkpoint}: the folder is not a training checkpoint")
+    return checkpoint
+
+
+def load_pair_texts(task: Task, data_args: DataArguments, seed: int) -> dict[str, list[tuple[str, str]]]:
+    """The parallel sentences that the arguments ask for.
+
+    Raises:
+        XLFAError: without `--parallel_dataset`.
+    """
+    if data_args.parallel_dataset is None:
+        raise XLFAError("ot_weight > 0 needs parallel text: name it with --parallel_dataset")
+    languages = data_args.parallel_languages or [code for code in task.test_configs if code != SOURCE_LANGUAGE]
+    return load_parallel(
+        data_args.parallel_dataset,
+        languages,
+        data_args.data_root,
+        data_args.parallel_filter,
+        data_args.parallel_pairs_per_language,
+        seed,
+    )
+
+
+def vocabulary_texts(
+    task: Task, data_args: DataArguments, rows: list[Dataset], pair_texts: dict[str, list[tuple[str, str]]]
+) -> Iterator[str]:
+    """All text that a model of the task reads: training, validation, parallel, and every language that is scored."""
+    for part in rows:
+        yield from task.texts(part)
+    for pairs in pair_texts.values():
+        for pair in pairs:
+            yield from pair
+    for language in task.test_configs:
+        yield from task.texts(task.load_test(language, data_args.data_root))
+
+
+def build_model(
+    task: Task, model_args: ModelArguments, encoder: str
+) -> tuple[XLFAPreTrainedModel, PreTrainedTokenizerBase]:
+    """The task's head on the encoder, and the encoder's tokenizer.
+
+    Raises:
+        XLFAError: for an unknown encoder or a bad config field.
+    """
+    fields = model_args.config_fields()
+    if hasattr(task, "label_names"):
+        fields["id2label"] = dict(enumerate(task.label_names))
+        fields["label2id"] = {name: number for number, name in enumerate(task.label_names)}
+    if model_args.encoder_config is not None:
+        fields["encoder_config"] = parse_encoder_config(model_args.encoder_config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        model = task.model_class.from_encoder(encoder, **fields)
+    except OSError as error:
+        raise XLFAError(f"--model {model_args.model}: no such encoder on the Hub or as a folder ({error})") from None
+    except ValueError as error:
+        raise XLFAError(f"--model {model_args.model}: {error}") from None
+    if model_args.freeze_word_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+    return model, tokenizer
+
+
+def parse_encoder_config(text: str) -> dict[str, Any]:
+    """A JSON object from the command line.
+
+    Raises:
+        XLFAError: if it is none.
+    """
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise XLFAError(f"--encoder_config {text!r} is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise XLFAError(f"--encoder_config {text!r} must be a JSON object of config fields")
+    return fields
+
+
+def write_run_file(
+    folder: Path,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: XLFATrainingArguments,
+    validation: dict[str, float],
+) -> None:
+    """`run.json`: how the model came about, and what scoring takes over from it."""
+    run = {
+        "schema_version": 1,
+        "task": data_args.task,
+        "max_length": data_args.max_length,
+        "doc_stride": data_args.doc_stride,
+        "validation": validation,
+        "model_arguments": asdict(model_args),
+        "data_arguments": asdict(data_args),
+        "training_arguments": training_args.to_sanitized_dict(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    write_text(folder / RUN_FILE, json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def run() -> None:
+    """`main` with user errors as one line."""
+    transformers.utils.logging.set_verbosity_warning()
+    exit_with_message(main)
