@@ -330,9 +330,10 @@ class XLFAForQuestionAnswering(XLFAPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        start_logits, end_logits = self.qa_outputs(self.dropout(encoded.last_hidden_state)).unbind(-1)
-        task_loss = None
-        if start_positions is not None and end_positions is not None:
+        start_logits = end_logits = task_loss = None
+        if encoded.last_hidden_state is not None:
+            start_logits, end_logits = self.qa_outputs(self.dropout(encoded.last_hidden_state)).unbind(-1)
+        if start_logits is not None and start_positions is not None and end_positions is not None:
             # A position outside the window counts as none: it is set to the first index past the end and ignored.
             past_end = start_logits.shape[1]
             criterion = CrossEntropyLoss(ignore_index=past_end)
@@ -403,10 +404,11 @@ class _XLFAClassifier(XLFAPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        features = self.select_features(encoded.last_hidden_state, attention_mask)
-        logits = self.classifier(self.dropout(features))
-        task_loss = None
-        if labels is not None:
+        logits = task_loss = None
+        if encoded.last_hidden_state is not None:
+            features = self.select_features(encoded.last_hidden_state, attention_mask)
+            logits = self.classifier(self.dropout(features))
+        if logits is not None and labels is not None:
             task_loss = CrossEntropyLoss()(_at_least_float32(logits).view(-1, self.num_labels), labels.view(-1))
         output = XLFAClassifierOutput(
             loss=self.combine_losses(task_loss, encoded.ot_loss),

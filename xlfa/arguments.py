@@ -92,6 +92,7 @@ class XLFATrainingArguments(TrainingArguments):
     eval_strategy: str = _option("When to score the English validation split: no, steps, epoch.", "epoch")
     save_strategy: str = _option("When to save a checkpoint: no, steps, epoch, best.", "epoch")
     save_total_limit: int | None = _option("Checkpoints that are kept.", 2)
+    per_device_eval_batch_size: int = _option("Batch size of the validation.", 32)
     logging_steps: float = _option("Steps between two lines of the log.", 50)
     report_to: None | str | list[str] = _option("Trackers, such as tensorboard or wandb.", "none")
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 from datasets import Dataset
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
@@ -127,6 +128,19 @@ class XLFATrainer(Trainer):
         return metrics
 
 
+    def latest_validation(self) -> dict[str, float] | None:
+        """The validation scores of the present step, None if it was not validated or another checkpoint is loaded."""
+        if self.args.load_best_model_at_end:
+            return None
+        entries = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
+        return next((entry for entry in entries if any(name.startswith("eval_") for name in entry)), None)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of the arguments, with local paths in it, that nothing reads: run.json holds them.
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `train_xlfa.py` and `xlfa train`."""
     model_args, data_args, training_args = parse_arguments(
@@ -185,7 +199,7 @@ def train(
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    metrics = trainer.evaluate()
+    metrics = trainer.latest_validation() or trainer.evaluate()
     if trainer.is_world_process_zero():
         write_run_file(Path(training_args.output_dir), model_args, data_args, training_args, metrics)
         print(f"trained model in {training_args.output_dir}")

@@ -1,0 +1,25 @@
+# Two commands: `make quickstart` and `make test`. Both need Python 3.11 or newer and a package index.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+THREADS := $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
+LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml --num_cpu_threads_per_process $(THREADS)
+
+.PHONY: quickstart test
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[offline,test]"
+	touch $@
+
+# Trains DLFA + OT on the embedded sample, scores every language, prints the tables and draws a figure; no network.
+quickstart: $(VENV)/.installed
+	rm -rf runs/quickstart
+	HF_HUB_OFFLINE=1 $(LAUNCH) train_xlfa.py configs/quickstart.yaml
+	HF_HUB_OFFLINE=1 $(LAUNCH) eval_xlfa.py --model runs/quickstart/xnli --task xnli --data_root sample
+	HF_HUB_OFFLINE=1 $(LAUNCH) train_xlfa.py configs/quickstart_xquad.yaml
+	HF_HUB_OFFLINE=1 $(LAUNCH) eval_xlfa.py --model runs/quickstart/xquad --task xquad --data_root sample
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest

