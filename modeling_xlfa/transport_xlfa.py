@@ -89,23 +89,29 @@ def cost_scale(
     cost = cost.detach()
     if scale == "absolute":
         return cost.new_ones(cost.shape[0])
-    valid = (source_mask.bool().unsqueeze(2) & target_mask.bool().unsqueeze(1)).to(cost.dtype)
+    mask = _valid_entries(source_mask, target_mask)
+    valid = mask.to(cost.dtype)
     count = valid.sum(dim=(1, 2)).clamp(min=1)
-    values = cost * valid
+    values = torch.where(mask, cost, 0)
     if scale == "mean":
         return values.sum(dim=(1, 2)) / count
     if scale == "max":
         return values.amax(dim=(1, 2))
     if scale == "std":
-        centred = (cost - (values.sum(dim=(1, 2)) / count).view(-1, 1, 1)) * valid
+        centred = (values - (values.sum(dim=(1, 2)) / count).view(-1, 1, 1)) * valid
     elif scale == "centered_std":
         rows = values.sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp(min=1)
         columns = values.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)
         mean = (values.sum(dim=(1, 2)) / count).view(-1, 1, 1)
-        centred = (cost - rows - columns + mean) * valid
+        centred = (values - rows - columns + mean) * valid
     else:
         raise ValueError(f"scale={scale!r} is not allowed: it must be 'centered_std', 'std', 'mean', 'max' or 'absolute'")
     return (centred.square().sum(dim=(1, 2)) / count).sqrt()
+
+
+def _valid_entries(source_mask: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
+    """B x n x m, true where both tokens are."""
+    return source_mask.bool().unsqueeze(2) & target_mask.bool().unsqueeze(1)
 
 
 def uniform_marginals(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -144,16 +150,16 @@ def sinkhorn(
         ValueError: if epsilon is not positive and finite, or the cost has a NaN or an infinity at a valid entry.
     """
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
-        problem = cost.detach().to(torch.promote_types(cost.dtype, torch.float32))
+        valid = _valid_entries(source_mask, target_mask)
+        problem = torch.where(valid, cost.detach(), 0).to(torch.promote_types(cost.dtype, torch.float32))
+        if not torch.isfinite(problem).all():
+            raise ValueError("the cost has a NaN or an infinite entry: check the token states it was computed from")
         epsilon = _epsilon_per_pair(epsilon, problem)
-        valid = source_mask.bool().unsqueeze(2) & target_mask.bool().unsqueeze(1)
         scaled = problem / epsilon.view(-1, 1, 1)
         # Padding costs more than every token: finite, so that no product meets an infinity.
-        scaled = torch.where(valid, scaled, scaled.masked_fill(~valid, 0).amax() - MIN_EXPONENT)
-        if not torch.isfinite(scaled).all():
-            raise ValueError("the cost has a NaN or an infinite entry: check the token states it was computed from")
+        scaled = torch.where(valid, scaled, scaled.amax() - MIN_EXPONENT)
         a, b = uniform_marginals(source_mask, scaled.dtype), uniform_marginals(target_mask, scaled.dtype)
-        empty = ~(source_mask.bool().any(1) & target_mask.bool().any(1))
+        empty = ~valid.any(dim=(1, 2))
         phi, gamma, iterations, converged = _solve(scaled, a, b, empty, max_iter, tol)
 
         plan = torch.exp((phi.unsqueeze(2) + gamma.unsqueeze(1) - scaled).to(scaled.dtype))
@@ -162,7 +168,7 @@ def sinkhorn(
         error = torch.where(empty, 0, row_error + (plan.sum(1) - b).abs().sum(1))
         # The dual value is 4 to 70 times more accurate than <P, C> + eps KL at the same potentials.
         mass_gap = torch.where(empty, 0, plan.sum(dim=(1, 2)) - 1)
-        value = epsilon * ((a * phi).sum(1) + (b * gamma).sum(1) - mass_gap)
+        value = torch.where(empty, 0, epsilon * ((a * phi).sum(1) + (b * gamma).sum(1) - mass_gap))
         source_potential = torch.where(source_mask.bool(), phi * epsilon.unsqueeze(1), 0).to(scaled.dtype)
         target_potential = torch.where(target_mask.bool(), gamma * epsilon.unsqueeze(1), 0).to(scaled.dtype)
     return TransportResult(
@@ -410,5 +416,5 @@ def alignment_loss(
         # Equal costs have no spread to measure epsilon in; every positive unit gives them the same product plan.
         unit = cost_scale(matrix, source_mask, target_mask, epsilon_scale).clamp(min=1e-6)
         result = sinkhorn(matrix, epsilon * unit, source_mask, target_mask, max_iter, tol)
-    pairs = (source_mask.bool().any(1) & target_mask.bool().any(1)).to(result.value.dtype)
+    pairs = _valid_entries(source_mask, target_mask).any(dim=(1, 2)).to(result.value.dtype)
     return (result.value * pairs).sum() / pairs.sum().clamp(min=1), result

@@ -1,0 +1,96 @@
+"""XLFAConfig: every field is checked, and what is saved loads again and carries no local path."""
+
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from modeling_xlfa import XLFAConfig
+
+
+def test_default_fusion_layer_is_two_thirds_of_the_depth():
+    assert XLFAConfig().fusion_layer == 8
+
+
+def test_default_fusion_layer_of_a_two_layer_encoder_is_valid(bert_config):
+    bert_config.num_hidden_layers = 2
+    assert XLFAConfig(text_config=bert_config).fusion_layer == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("fusion", "sum"),
+        ("fusion_layer", 0),
+        ("fusion_layer", 4),
+        ("fusion_layer", 2.0),
+        ("fusion_layer", True),
+        ("fusion_gate", "tanh"),
+        ("fusion_reduction", 0),
+        ("fusion_reduction", 33),
+        ("fusion_norm", "group"),
+        ("fusion_layer_norm", "yes"),
+        ("ot_weight", -0.1),
+        ("ot_weight", float("nan")),
+        ("ot_epsilon", 0.0),
+        ("ot_epsilon", -1),
+        ("ot_epsilon", float("inf")),
+        ("ot_epsilon", "0.1"),
+        ("ot_solver", "emd"),
+        ("ot_epsilon_scale", "median"),
+        ("ot_cost", "euclidean"),
+        ("ot_layer", "last"),
+        ("ot_layer", 5),
+        ("ot_layer", -1),
+        ("ot_max_iter", 0),
+        ("ot_tol", 0.0),
+        ("classifier_dropout", 1.0),
+        ("classifier_pooling", "max"),
+        ("schema_version", 2),
+    ],
+)
+def test_a_bad_value_names_field_value_and_what_is_allowed(bert_config, field, value):
+    with pytest.raises(ValueError) as error:
+        XLFAConfig(text_config=bert_config, **{field: value})
+    assert f"{field}={value!r}" in str(error.value)
+    assert "must be" in str(error.value)
+
+
+def test_without_fusion_the_fusion_layer_is_free(bert_config):
+    bert_config.num_hidden_layers = 1
+    assert XLFAConfig(text_config=bert_config, fusion="none").fusion == "none"
+
+
+def test_one_layer_cannot_be_fused(bert_config):
+    bert_config.num_hidden_layers = 1
+    with pytest.raises(ValueError, match="fusion_layer"):
+        XLFAConfig(text_config=bert_config)
+
+
+def test_a_decoder_is_refused():
+    with pytest.raises(ValueError, match="not an encoder-only model"):
+        XLFAConfig(text_config=AutoConfig.for_model("t5"))
+
+
+def test_saved_config_holds_epsilon_and_the_whole_auto_map_and_no_path(bert_config, tmp_path):
+    bert_config._name_or_path = "/home/somebody/secret"
+    XLFAConfig(text_config=bert_config, ot_epsilon=0.05, auto_map={"AutoModel": "other--code.Model"}).save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    saved = json.loads(text)
+    assert saved["ot_epsilon"] == 0.05 and saved["ot_epsilon_scale"] == "centered_std"
+    assert set(saved["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForQuestionAnswering",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+    }
+    assert "other--code" not in text and "secret" not in text
+
+
+def test_loading_gives_the_same_fields_and_takes_overrides(bert_config, tmp_path):
+    XLFAConfig(text_config=bert_config, fusion_layer=2, ot_layer=3, num_labels=5).save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path, ot_epsilon=0.7)
+    assert isinstance(loaded, XLFAConfig)
+    assert (loaded.fusion_layer, loaded.ot_layer, loaded.num_labels, loaded.ot_epsilon) == (2, 3, 5, 0.7)
+    assert loaded.text_config.to_dict() == bert_config.to_dict() | {"_name_or_path": "", "dtype": loaded.text_config.dtype}

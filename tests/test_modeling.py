@@ -1,0 +1,216 @@
+"""The models: heads on every encoder family, losses, saving and loading, and what Trainer gets from predict()."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+
+from modeling_xlfa import (
+    XLFAConfig,
+    XLFAForQuestionAnswering,
+    XLFAForSequenceClassification,
+    XLFAForTokenClassification,
+    XLFAModel,
+)
+
+HEADS = [XLFAForQuestionAnswering, XLFAForSequenceClassification, XLFAForTokenClassification]
+
+
+def task_inputs(head=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(4, 10, dtype=torch.long)
+    mask[0, 6:] = 0
+    inputs = {"input_ids": torch.randint(4, 99, (4, 10), generator=generator), "attention_mask": mask}
+    if head is XLFAForQuestionAnswering:
+        inputs |= {"start_positions": torch.tensor([1, 2, 0, 3]), "end_positions": torch.tensor([2, 2, 0, 30])}
+    elif head is XLFAForSequenceClassification:
+        inputs["labels"] = torch.tensor([0, 1, 0, 1])
+    elif head is XLFAForTokenClassification:
+        inputs["labels"] = torch.randint(0, 2, (4, 10), generator=generator).masked_fill(mask == 0, -100)
+    return inputs
+
+
+def pair_inputs(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {}
+    for side, length in (("source", 7), ("target", 9)):
+        ids = torch.randint(4, 99, (3, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1, 5:] = 0
+        special = torch.zeros_like(ids)
+        special[:, 0] = 1
+        inputs |= {
+            f"{side}_input_ids": ids,
+            f"{side}_attention_mask": mask,
+            f"{side}_special_tokens_mask": special,
+        }
+    return inputs
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_trains_on_every_encoder_family(encoder_config, head):
+    model = head(XLFAConfig(text_config=encoder_config, ot_weight=0.5)).train()
+    output = model(**task_inputs(head), **pair_inputs())
+    torch.testing.assert_close(output.loss, output.task_loss + 0.5 * output.ot_loss)
+    assert output.ot_loss > 0
+    output.loss.backward()
+    without_gradient = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without_gradient == []
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_save_and_load_keeps_every_weight_and_logit(encoder_config, head, tmp_path):
+    model = head(XLFAConfig(text_config=encoder_config, num_labels=2)).train()
+    model(**task_inputs(head))  # moves the running statistics away from their start
+    model.eval().save_pretrained(tmp_path)
+    loaded, report = head.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    inputs = task_inputs()
+    for name in ("logits", "start_logits", "end_logits"):
+        if name in model(**inputs):
+            assert torch.equal(model(**inputs)[name], loaded.eval()(**inputs)[name])
+
+
+def test_automodel_on_a_head_checkpoint_is_the_encoder_with_fusion(bert_config, tmp_path):
+    model = XLFAForQuestionAnswering(XLFAConfig(text_config=bert_config)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, XLFAModel)
+    inputs = task_inputs()
+    expected = model.xlfa(**inputs).last_hidden_state
+    assert torch.equal(loaded(**inputs).last_hidden_state, expected)
+
+
+def test_without_pairs_there_is_no_alignment_loss(bert_config):
+    model = XLFAForSequenceClassification(XLFAConfig(text_config=bert_config, ot_weight=1.0))
+    output = model(**task_inputs(XLFAForSequenceClassification))
+    assert output.ot_loss is None and output.ot_statistics is None
+    assert torch.equal(output.loss, output.task_loss)
+
+
+def test_pairs_alone_give_the_weighted_alignment_loss(bert_config):
+    model = XLFAForSequenceClassification(XLFAConfig(text_config=bert_config, ot_weight=0.25)).eval()
+    output = model(**pair_inputs())
+    assert output.logits is None and output.task_loss is None
+    torch.testing.assert_close(output.loss, 0.25 * output.ot_loss)
+
+
+def test_one_side_of_the_pairs_alone_is_an_error(bert_config):
+    inputs = {name: value for name, value in pair_inputs().items() if name.startswith("source")}
+    with pytest.raises(ValueError, match="both source_input_ids and target_input_ids"):
+        XLFAModel(XLFAConfig(text_config=bert_config))(**inputs)
+
+
+def test_padding_changes_no_logit_and_no_alignment_loss(encoder_config):
+    model = XLFAForSequenceClassification(
+        XLFAConfig(text_config=encoder_config, classifier_pooling="mean", ot_weight=1.0)
+    ).eval()
+    inputs = {**task_inputs(), **pair_inputs()}
+    padded = {
+        name: torch.nn.functional.pad(value, (0, 3), value=int(name.endswith("special_tokens_mask")))
+        for name, value in inputs.items()
+    }
+    before, after = model(**inputs), model(**padded)
+    torch.testing.assert_close(after.logits, before.logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(after.ot_loss, before.ot_loss, atol=1e-5, rtol=1e-4)
+
+
+def test_special_tokens_are_not_aligned(bert_config):
+    model = XLFAModel(XLFAConfig(text_config=bert_config, ot_layer=0)).eval()
+    inputs = pair_inputs()
+    changed = {name: value.clone() for name, value in inputs.items()}
+    for side in ("source", "target"):
+        changed[f"{side}_input_ids"][:, 0] = 50
+    assert torch.equal(model(**inputs).ot_loss, model(**changed).ot_loss)
+
+
+@pytest.mark.parametrize("ot_layer", ["fused", 0, 2, 4])
+@pytest.mark.parametrize("fusion", ["dlfa", "none"])
+def test_the_aligned_states_are_those_of_ot_layer(bert_config, fusion, ot_layer):
+    from modeling_xlfa import alignment_loss
+
+    model = XLFAModel(XLFAConfig(text_config=bert_config, fusion=fusion, ot_layer=ot_layer)).eval()
+    inputs = pair_inputs()
+    states, masks = [], []
+    for side in ("source", "target"):
+        ids, mask = inputs[f"{side}_input_ids"], inputs[f"{side}_attention_mask"]
+        output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        states.append(output.last_hidden_state if ot_layer == "fused" else output.hidden_states[ot_layer])
+        masks.append(mask * (1 - inputs[f"{side}_special_tokens_mask"]))
+    expected, _ = alignment_loss(*states, *masks)
+    torch.testing.assert_close(model(**inputs).ot_loss, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_switching_the_term_on_changes_no_statistics_and_no_dropout(bert_config):
+    """A step with a vanishing weight equals a step without pairs: same dropout, same running statistics."""
+    results = []
+    for pairs in ({}, pair_inputs()):
+        torch.manual_seed(0)
+        model = XLFAForSequenceClassification(XLFAConfig(text_config=bert_config, ot_weight=0.0)).train()
+        torch.manual_seed(1)
+        losses = [model(**task_inputs(XLFAForSequenceClassification), **pairs).task_loss for _ in range(2)]
+        results.append((losses, {name: value.clone() for name, value in model.named_buffers()}))
+    (losses, buffers), (losses_with, buffers_with) = results
+    assert [loss.item() for loss in losses] == [loss.item() for loss in losses_with]
+    assert all(torch.equal(buffers[name], buffers_with[name]) for name in buffers)
+
+
+def test_answers_outside_the_window_do_not_count(bert_config):
+    model = XLFAForQuestionAnswering(XLFAConfig(text_config=bert_config)).eval()
+    inputs = task_inputs(XLFAForQuestionAnswering)
+    log_start = model(**task_inputs()).start_logits.log_softmax(-1)
+    log_end = model(**task_inputs()).end_logits.log_softmax(-1)
+    rows = torch.arange(4)
+    start_loss = -log_start[rows, inputs["start_positions"]].mean()
+    # The fourth end position, 30, lies past the window of 10 tokens.
+    end_loss = -log_end[rows[:3], inputs["end_positions"][:3]].mean()
+    torch.testing.assert_close(model(**inputs).loss, (start_loss + end_loss) / 2)
+
+
+def test_predict_of_trainer_returns_logits_first(bert_config, tmp_path, tiny_encoder):
+    from transformers import AutoTokenizer
+
+    model = XLFAForSequenceClassification(XLFAConfig(text_config=bert_config, ot_weight=1.0, num_labels=3))
+    rows = [{"input_ids": [1, 5, 6, 2], "labels": 0}, {"input_ids": [1, 7, 2], "labels": 2}]
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), report_to="none", use_cpu=True),
+        data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(tiny_encoder)),
+    )
+    predictions = trainer.predict(rows).predictions
+    assert predictions.shape == (2, 3)
+
+
+def test_from_encoder_takes_the_pretrained_weights(tiny_encoder):
+    model = XLFAForSequenceClassification.from_encoder(tiny_encoder, fusion="none", num_labels=3).eval()
+    encoder = AutoModel.from_pretrained(tiny_encoder, add_pooling_layer=False).eval()
+    inputs = {name: value.clamp(max=40) for name, value in task_inputs().items()}
+    assert torch.equal(model.xlfa(**inputs).last_hidden_state, encoder(**inputs).last_hidden_state)
+    assert model.config.num_labels == 3 and model.xlfa.encoder.pooler is None
+
+
+def test_from_encoder_changes_fields_of_the_encoder_and_refuses_unknown_ones(tiny_encoder):
+    model = XLFAModel.from_encoder(tiny_encoder, encoder_config={"hidden_dropout_prob": 0.0})
+    assert model.encoder.config.hidden_dropout_prob == 0.0
+    with pytest.raises(ValueError, match="no field 'dropout_of_hidden'"):
+        XLFAModel.from_encoder(tiny_encoder, encoder_config={"dropout_of_hidden": 0.0})
+
+
+def test_from_encoder_refuses_an_xlfa_checkpoint(bert_config, tmp_path):
+    XLFAModel(XLFAConfig(text_config=bert_config)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="load it with from_pretrained"):
+        XLFAModel.from_encoder(str(tmp_path))
+
+
+def test_an_override_at_loading_is_checked(bert_config, tmp_path):
+    XLFAForSequenceClassification(XLFAConfig(text_config=bert_config)).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, ot_epsilon=0.5)
+    assert model.config.ot_epsilon == 0.5
+    with pytest.raises(ValueError, match="ot_epsilon=-1"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, ot_epsilon=-1)
+
+
+def test_half_precision_weights_keep_losses_in_float32(bert_config):
+    model = XLFAForSequenceClassification(XLFAConfig(text_config=bert_config, ot_weight=1.0)).bfloat16().eval()
+    output = model(**task_inputs(XLFAForSequenceClassification), **pair_inputs())
+    assert output.task_loss.dtype == torch.float32 and output.ot_loss.dtype == torch.float32
