@@ -35,6 +35,18 @@ VECTORS = {
 }
 
 
+@pytest.fixture(scope="module")
+def packaged():
+    """Model and tokenizer of the packaged encoder."""
+    folder = resolve_encoder(PACKAGED)
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def raw_tokenizer():
+    return Tokenizer.from_file(str(_verified_file(*backbones.TOKENIZER)))
+
+
 def q4_block(scale, low, high):
     return struct.pack("<e", scale) + bytes(first | second << 4 for first, second in zip(low, high))
 
@@ -160,15 +172,14 @@ def test_an_interrupted_build_leaves_nothing_behind(tiny_distribution, tmp_path,
     broken = b'{"not": "a tokenizer"}'
     (tiny_distribution / "tokenizer.json").write_bytes(broken)
     monkeypatch.setattr(backbones, "TOKENIZER", ("tinyweights", "tokenizer.json", hashlib.sha256(broken).hexdigest()))
-    with pytest.raises(Exception, match="version|model|missing"):
+    with pytest.raises(Exception, match="line 1"):
         resolve_encoder(PACKAGED)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.offline
-def test_the_packaged_encoder_loads_with_the_auto_classes():
-    folder = resolve_encoder(PACKAGED)
-    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+def test_the_packaged_encoder_loads_with_the_auto_classes(packaged):
+    model, tokenizer = packaged
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (12, 384)
     assert model.config.pad_token_id == tokenizer.pad_token_id == 1
     assert model.get_input_embeddings().num_embeddings == 250037
@@ -185,22 +196,20 @@ def test_the_packaged_encoder_loads_with_the_auto_classes():
         "鱼市场每天早上五点开门。",
         "मछली बाज़ार हर सुबह खुलता है",
         "Ένα παλιό φάρο — ﬁ ½",
-        "Старый маяк\tи\nрынок  ",
+        "Старый  маяк\tи\nрынок",
     ],
 )
-def test_the_packaged_tokenizer_cuts_every_script_as_its_own_file_does(text):
-    raw = Tokenizer.from_file(str(_verified_file(*backbones.TOKENIZER)))
-    tokenizer = AutoTokenizer.from_pretrained(resolve_encoder(PACKAGED))
-    assert tokenizer(text)["input_ids"] == raw.encode(text).ids
-    assert tokenizer(text, text)["input_ids"] == raw.encode(text, text).ids
+def test_the_packaged_tokenizer_cuts_every_script_as_its_own_file_does(packaged, raw_tokenizer, text):
+    tokenizer = packaged[1]
+    assert tokenizer(text)["input_ids"] == raw_tokenizer.encode(text).ids
+    assert tokenizer(text, text)["input_ids"] == raw_tokenizer.encode(text, text).ids
 
 
 @pytest.mark.offline
 @pytest.mark.shared
 @pytest.mark.parametrize(("pair", "least"), [("deu-eng", 0.95), ("tha-eng", 0.88)])
-def test_the_packaged_encoder_finds_translations(pair, least, mirror, tmp_path):
-    folder = resolve_encoder(PACKAGED)
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+def test_the_packaged_encoder_finds_translations(packaged, pair, least, mirror, tmp_path):
+    model, tokenizer = packaged
     dataset = f"{mirror}/mteb/tatoeba-bitext-mining"
     rows = load_dataset(dataset, pair, split="test", cache_dir=str(tmp_path)).select(range(200))
     sides = []

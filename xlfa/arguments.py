@@ -5,7 +5,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -102,6 +102,13 @@ class XLFATrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
+class _Parser(HfArgumentParser):
+    """Reports what is wrong without the usage lines: with transformers' arguments those fill several screens."""
+
+    def error(self, message: str) -> NoReturn:
+        raise XLFAError(f"{message} ({self.prog} --help lists all arguments)")
+
+
 def parse_arguments(types: list[type], argv: list[str], program: str, description: str) -> tuple:
     """Instances of the dataclasses `types` from a command line that may begin with a YAML file.
 
@@ -113,7 +120,7 @@ def parse_arguments(types: list[type], argv: list[str], program: str, descriptio
     argv = list(argv)
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = yaml_flags(Path(argv[0])) + argv[1:]
-    parser = HfArgumentParser(types, prog=program, description=description, allow_abbrev=False)
+    parser = _Parser(types, prog=program, description=description, allow_abbrev=False)
     if XLFATrainingArguments in types:
         argv = task_flags(argv) + argv
     try:
@@ -121,7 +128,7 @@ def parse_arguments(types: list[type], argv: list[str], program: str, descriptio
     except (ValueError, ImportError) as error:
         raise XLFAError(str(error)) from None
     if unknown:
-        raise XLFAError(f"unknown argument {' '.join(unknown)}: {program} --help lists them all")
+        raise XLFAError(f"unknown argument {' '.join(unknown)} ({program} --help lists all arguments)")
     return tuple(instances)
 
 

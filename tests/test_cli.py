@@ -1,0 +1,52 @@
+"""The console script and the entry scripts: help, version, and user errors without a traceback."""
+
+import subprocess
+import sys
+
+import pytest
+
+import xlfa
+from conftest import REPOSITORY
+from xlfa.cli import main
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0 and xlfa.__version__ in capsys.readouterr().out
+
+
+def test_help_has_examples_and_needs_no_torch():
+    code = "import sys; sys.argv = ['xlfa', '--help']\nfrom xlfa.cli import main\n"
+    check = "try:\n    main()\nexcept SystemExit:\n    assert 'torch' not in sys.modules\n"
+    done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=True, timeout=60)
+    assert "examples:" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_help_of_a_command_explains_its_flags(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    assert "--data_root" in capsys.readouterr().out
+
+
+def test_a_user_error_is_one_line_and_exit_status_2(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["eval", "--model", "/nowhere", "--task", "xnli", "--data_root", "sample"])
+    assert done.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --model /nowhere") and "Traceback" not in error
+
+
+def test_entry_scripts_report_user_errors_without_a_traceback():
+    done = subprocess.run(
+        [sys.executable, "train_xlfa.py", "configs/none.yaml"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == "error: no configuration file configs/none.yaml"
+    assert "Traceback" not in done.stderr

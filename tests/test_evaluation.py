@@ -1,0 +1,111 @@
+"""Scoring: every language with one load, order and batch size, subsets, what is written, and bad input."""
+
+import json
+
+import jsonschema
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from modeling_xlfa import XLFAForQuestionAnswering, XLFAForSequenceClassification
+from xlfa.errors import XLFAError
+from xlfa.evaluation import main
+from xlfa.prediction import predict
+from xlfa.scores import SCORES_SCHEMA
+from xlfa.tasks import get_task
+
+
+@pytest.fixture(scope="module")
+def models(tiny_encoder, tmp_path_factory):
+    """Folders of an untrained model with each head."""
+    folders = {}
+    for task, head, labels in (("xnli", XLFAForSequenceClassification, 3), ("xquad", XLFAForQuestionAnswering, 2)):
+        torch.manual_seed(1)
+        folders[task] = str(tmp_path_factory.mktemp(task))
+        head.from_encoder(tiny_encoder, num_labels=labels, ot_epsilon=0.3).save_pretrained(folders[task])
+        AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folders[task])
+    return folders
+
+
+def score(models, task, output, *flags):
+    small = ["--max_length", "160", "--doc_stride", "32"] if task == "xquad" else []
+    main(["--model", models[task], "--task", task, "--data_root", "sample", "--output_dir", str(output), *small, *flags])
+    return json.loads((output / "scores.json").read_text())
+
+
+def read_predictions(output, language):
+    return [json.loads(line) for line in (output / "predictions" / f"{language}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("task", "languages", "examples"), [("xnli", 15, 45), ("xquad", 12, 30)])
+def test_every_language_is_scored_and_written_in_the_schema(models, tmp_path, capsys, task, languages, examples):
+    scores = score(models, task, tmp_path)
+    jsonschema.validate(scores, json.loads(SCORES_SCHEMA.read_text()))
+    assert len(scores["languages"]) == languages and scores["examples"] == examples
+    assert scores["model"]["ot_epsilon"] == 0.3 and scores["model"]["ot_epsilon_scale"] == "centered_std"
+    for language in scores["languages"]:
+        rows = read_predictions(tmp_path, language)
+        assert [row["id"] for row in rows] == scores["ids"]
+        assert all(set(row) == {"id", "prediction", "label", "score"} and 0 <= row["score"] <= 1 for row in rows)
+    assert (tmp_path / "scores.png").stat().st_size > 1000
+    table = capsys.readouterr().out
+    assert "average_xtreme" in table and f"{examples} examples a language" in table
+
+
+def test_accuracy_is_that_of_the_predictions(models, tmp_path):
+    scores = score(models, "xnli", tmp_path, "--languages", "de", "th")
+    for language in ("de", "th"):
+        rows = read_predictions(tmp_path, language)
+        right = sum(row["prediction"] == row["label"] for row in rows)
+        assert scores["languages"][language]["accuracy"] == pytest.approx(100 * right / len(rows))
+    assert scores["enf"]["accuracy"] is None and scores["transfer_gap"]["accuracy"] is None
+
+
+def test_order_and_batch_size_change_no_prediction(models):
+    task = get_task("xquad")
+    model = XLFAForQuestionAnswering.from_pretrained(models["xquad"])
+    tokenizer = AutoTokenizer.from_pretrained(models["xquad"])
+    rows = task.load_test("de", "sample").select(range(12))
+    ids = task.example_ids(rows)
+    results = [predict(model, tokenizer, task, rows, ids, 160, 32, batch_size) for batch_size in (1, 7)]
+    assert [row.id for row in results[0]] == ids
+    assert [row.prediction for row in results[0]] == [row.prediction for row in results[1]]
+    context = rows["context"]
+    assert all(row.prediction in context[index] for index, row in enumerate(results[0]))
+
+
+def test_a_subset_is_whole_paragraphs_and_the_same_in_every_language(models, tmp_path):
+    scores = score(models, "xquad", tmp_path, "--max_examples", "9", "--seed", "5", "--languages", "ar", "zh")
+    paragraphs = [id.rsplit("-", 1)[0] for id in scores["ids"]]
+    assert len(scores["ids"]) == 8 and all(paragraphs.count(name) == 2 for name in paragraphs)
+    for language in ("ar", "zh"):
+        assert [row["id"] for row in read_predictions(tmp_path, language)] == scores["ids"]
+    other = score(models, "xquad", tmp_path / "b", "--max_examples", "9", "--seed", "6", "--languages", "ar")
+    assert other["ids"] != scores["ids"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--languages", "de", "xx"], "has no language 'xx'"),
+        (["--task", "mnist"], "mnist"),
+        (["--model", "/nowhere"], "--model /nowhere"),
+        (["--data_root", "/nowhere"], "no data set 'facebook/xnli'"),
+        (["--max_examples", "2"], "--max_examples 2"),
+    ],
+)
+def test_bad_input_gives_one_error_that_names_it(models, tmp_path, flags, message):
+    with pytest.raises(XLFAError) as error:
+        score(models, "xnli", tmp_path, *flags)
+    assert message in str(error.value)
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_a_folder_that_is_no_model_another_model_and_another_head_are_refused(models, tiny_encoder, tmp_path):
+    for model, message in (
+        (str(tmp_path), "holds no trained model"),
+        (tiny_encoder, "a 'bert' model, not an XLFA one"),
+        (models["xquad"], "needs XLFAForSequenceClassification"),
+    ):
+        with pytest.raises(XLFAError, match=message):
+            score({"xnli": model}, "xnli", tmp_path / "out")

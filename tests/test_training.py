@@ -1,0 +1,205 @@
+"""Training: gradients under accumulation, resuming, the log, what a run folder holds, and bad input."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, DataCollatorWithPadding, TrainerCallback
+
+from modeling_xlfa import XLFAForSequenceClassification
+from xlfa.arguments import XLFATrainingArguments
+from xlfa.errors import XLFAError
+from xlfa.parallel import PairSampler
+from xlfa.tasks import get_task
+from xlfa.training import RUN_FILE, XLFATrainer, main
+
+TEXTS = ["the cat sat", "a dog ran far", "it rains", "we read books", "birds can fly", "he is late", "no", "see you"]
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient that the optimizer is about to use."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def gradient_of_one_step(encoder, folder, batch_size, accumulation, norm):
+    """Of eight examples and eight pairs, in float64 without dropout."""
+    torch.manual_seed(0)
+    model = XLFAForSequenceClassification.from_encoder(
+        encoder,
+        encoder_config={"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        classifier_dropout=0.0,
+        num_labels=2,
+        fusion_norm=norm,
+        ot_weight=0.5,
+    ).double()
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    features = Dataset.from_dict({**tokenizer(TEXTS), "labels": [0, 1] * 4})
+    pairs = {"de": list(zip(TEXTS, reversed(TEXTS))), "fr": list(zip(TEXTS, TEXTS[1:] + TEXTS[:1]))}
+    gradients = Gradients()
+    trainer = XLFATrainer(
+        model=model,
+        args=XLFATrainingArguments(
+            output_dir=str(folder / f"{norm}-{accumulation}"),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            max_grad_norm=0.0,
+            eval_strategy="no",
+            save_strategy="no",
+            seed=0,
+        ),
+        train_dataset=features,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[gradients],
+        task=get_task("xnli"),
+        pair_sampler=PairSampler.from_texts(pairs, tokenizer, max_length=64, seed=0),
+        validation_rows=features,
+        max_length=64,
+        doc_stride=16,
+    )
+    trainer.train()
+    return gradients.found
+
+
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_accumulation_1_and_4_give_the_same_gradient(tiny_encoder, tmp_path, norm):
+    whole = gradient_of_one_step(tiny_encoder, tmp_path, 8, 1, norm)
+    parts = gradient_of_one_step(tiny_encoder, tmp_path, 2, 4, norm)
+    assert whole.keys() == parts.keys()
+    assert sum(gradient.abs().sum() for gradient in whole.values()) > 0
+    # The transport plan has converged to ot_tol only: it is the same plan in both layouts, but for rounding.
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def train_on_sample(encoder, output, *flags, task="xnli"):
+    common = ["--model", encoder, "--task", task, "--data_root", "sample", "--output_dir", str(output), "--seed", "3"]
+    small = ["--max_train_examples", "48", "--max_eval_examples", "9", "--max_steps", "6", "--save_strategy", "steps"]
+    steps = ["--save_steps", "3", "--logging_steps", "2", "--per_device_train_batch_size", "8"]
+    aligned = ["--ot_weight", "0.5", "--parallel_dataset", "local/parallel", "--parallel_languages", "de", "fr"]
+    main([*common, *small, *steps, *aligned, *flags])
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_encoder, tmp_path_factory):
+    """Six steps with dropout, fusion and the transport term, and a checkpoint after three."""
+    folder = tmp_path_factory.mktemp("run") / "unbroken"
+    train_on_sample(tiny_encoder, folder)
+    return folder
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tiny_encoder, finished_run, tmp_path):
+    resumed = tmp_path / "resumed"
+    shutil.copytree(finished_run / "checkpoint-3", resumed / "checkpoint-3")
+    train_on_sample(tiny_encoder, resumed, "--resume_from_checkpoint", "true")
+    expected = load_file(finished_run / "model.safetensors")
+    found = load_file(resumed / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    halfway = load_file(finished_run / "checkpoint-3" / "model.safetensors")
+    assert not torch.equal(halfway["classifier.weight"], expected["classifier.weight"])
+
+
+def test_the_log_holds_the_parts_of_the_loss_apart(finished_run):
+    history = json.loads((finished_run / "trainer_state.json").read_text())["log_history"]
+    line = next(entry for entry in history if "loss" in entry)
+    for name in ("task_loss", "ot_loss", "ot_plan_entropy", "ot_iterations", "ot_epsilon", "ot_not_converged"):
+        assert name in line
+    assert line["loss"] == pytest.approx(line["task_loss"] + 0.5 * line["ot_loss"], rel=1e-4)
+    assert line["ot_iterations"] >= 1 and 0 <= line["ot_not_converged"] <= 1
+
+
+def test_a_run_folder_holds_model_code_tokenizer_and_settings_and_no_pickle(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    code = {"modeling_xlfa.py", "configuration_xlfa.py", "fusion_xlfa.py", "transport_xlfa.py"}
+    assert code | {"config.json", "model.safetensors", "tokenizer.json", RUN_FILE} <= names
+    assert not any(name.endswith((".bin", ".pkl", ".pt", ".pth")) for name in names)
+    run = json.loads((finished_run / RUN_FILE).read_text())
+    assert run["task"] == "xnli" and run["max_length"] == 128 and "eval_accuracy" in run["validation"]
+    config = json.loads((finished_run / "config.json").read_text())
+    assert config["id2label"] == {"0": "entailment", "1": "neutral", "2": "contradiction"}
+
+
+def test_question_answering_trains_on_windows(tiny_encoder, tmp_path):
+    sizes = ["--max_length", "128", "--doc_stride", "32", "--max_steps", "1", "--save_strategy", "no"]
+    train_on_sample(tiny_encoder, tmp_path / "qa", *sizes, task="xquad")
+    assert "eval_f1" in json.loads((tmp_path / "qa" / RUN_FILE).read_text())["validation"]
+
+
+def test_an_earlier_run_is_not_overwritten(tiny_encoder, finished_run):
+    with pytest.raises(XLFAError, match="holds an earlier run"):
+        train_on_sample(tiny_encoder, finished_run)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "/nowhere/at/all"], "--model /nowhere/at/all"),
+        (["--model", "packaged:other"], "unknown packaged encoder 'other'"),
+        (["--task", "squadron"], "squadron"),
+        (["--data_root", "/nowhere"], "no data set 'facebook/xnli' under --data_root /nowhere"),
+        (["--train_dataset", "local/none"], "no data set 'local/none'"),
+        (["--train_dataset", "local/parallel"], "local/parallel"),
+        (["--parallel_languages", "xx"], "no parallel text for language 'xx'"),
+        (["--parallel_filter", "source=nothing"], "leaves no pair"),
+        (["--parallel_filter", "quality=1"], "must be column=value"),
+        (["--parallel_max_length", "3"], "--parallel_max_length 3"),
+        (["--fusion_layer", "4"], "fusion_layer=4 is not allowed: it must be a layer index 1..3"),
+        (["--fusion_layer", "0"], "fusion_layer=0"),
+        (["--ot_epsilon", "0"], "ot_epsilon=0.0"),
+        (["--ot_epsilon", "-0.1"], "ot_epsilon=-0.1"),
+        (["--ot_layer", "9"], "ot_layer=9"),
+        (["--encoder_config", "{"], "--encoder_config '{' is not valid JSON"),
+        (["--encoder_config", '{"no_such_field": 1}'], "no field 'no_such_field'"),
+        (["--resume_from_checkpoint", "true"], "there is no checkpoint"),
+        (["--resume_from_checkpoint", "/tmp"], "not a training checkpoint"),
+        (["--no_such_flag", "1"], "unknown argument --no_such_flag"),
+    ],
+)
+def test_bad_input_gives_one_error_that_names_it(tiny_encoder, tmp_path, flags, message):
+    with pytest.raises(XLFAError) as error:
+        train_on_sample(tiny_encoder, tmp_path / "run", *flags)
+    assert message in str(error.value)
+    assert not (tmp_path / "run" / RUN_FILE).exists()
+
+
+def test_the_term_without_parallel_text_is_an_error(tiny_encoder, tmp_path):
+    with pytest.raises(XLFAError, match="name it with --parallel_dataset"):
+        main(
+            ["--model", tiny_encoder, "--task", "xnli", "--data_root", "sample", "--ot_weight", "1"]
+            + ["--output_dir", str(tmp_path)]
+        )
+
+
+def write_dataset(root, rows):
+    folder = root / "local" / "train"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train.jsonl\n---\n"
+    )
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"premise": "a", "hypothesis": "b", "label": 3}], "row 0 has label 3; the task 'xnli' knows 0..2"),
+        ([{"premise": "a", "hypothesis": "b", "label": -1}], "row 0 has label -1"),
+        ([{"premise": "a", "label": 0}], "has no column hypothesis"),
+        ([], "local/train"),
+    ],
+)
+def test_bad_training_rows_are_named(tiny_encoder, tmp_path, rows, message):
+    write_dataset(tmp_path, rows)
+    with pytest.raises(XLFAError) as error:
+        main(
+            ["--model", tiny_encoder, "--task", "xnli", "--data_root", str(tmp_path), "--train_dataset", "local/train"]
+            + ["--output_dir", str(tmp_path / "run")]
+        )
+    assert message in str(error.value)

@@ -1,0 +1,205 @@
+"""A trimmed encoder reads the text it was trimmed for exactly as the whole one does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    PreTrainedTokenizerFast,
+    XLMRobertaTokenizer,
+)
+
+from xlfa.backbones import resolve_encoder
+from xlfa.data import load_rows
+from xlfa.errors import XLFAError
+from xlfa.vocabulary import trim_vocabulary, used_ids
+
+KEPT = ["The cat sat on the mat.", "Der Kater saß auf der Matte."]
+OTHER = ["A dog runs home.", "Ein Hund läuft heim."]
+BERT_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+
+
+@pytest.fixture(scope="module")
+def packaged_folder():
+    """The packaged encoder in the user's cache, which is looked up before `cache` points elsewhere."""
+    return resolve_encoder("packaged:multilingual-e5-small")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache of its own for each test."""
+    monkeypatch.setenv("XLFA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def save_encoder(folder, tokenizer, seed=0):
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return str(folder)
+
+
+def unigram_tokenizer():
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>")
+    backend.train_from_iterator((KEPT + OTHER) * 3, trainer)
+    backend.add_special_tokens(["<mask>"])
+    return XLMRobertaTokenizer(tokenizer_object=backend, model_max_length=64)
+
+
+def wordpiece_backend():
+    """Special tokens stand behind the first letters, as BERT's do not stand at 0, 1, 2 either."""
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=False)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", *(f"[unused{number}]" for number in range(9)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=160, special_tokens=special)
+    backend.train_from_iterator((KEPT + OTHER) * 3, trainer)
+    return backend
+
+
+@pytest.fixture
+def unigram(tmp_path):
+    return save_encoder(tmp_path / "unigram", unigram_tokenizer())
+
+
+@pytest.fixture
+def wordpiece(tmp_path):
+    tokenizer = BertTokenizer(tokenizer_object=wordpiece_backend(), do_lower_case=True)
+    return save_encoder(tmp_path / "wordpiece", tokenizer)
+
+
+def pieces(folder, texts):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(texts)["input_ids"]]
+
+
+def last_states(folder, texts):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.inference_mode():
+        inputs = tokenizer(texts, padding=True, return_tensors="pt")
+        states = AutoModel.from_pretrained(folder).eval()(**inputs).last_hidden_state
+    return states * inputs["attention_mask"].unsqueeze(-1)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordpiece"])
+def test_kept_text_has_the_same_pieces_and_states_in_a_smaller_vocabulary(kind, request):
+    folder = request.getfixturevalue(kind)
+    trimmed = trim_vocabulary(folder, KEPT)
+    assert pieces(trimmed, KEPT) == pieces(folder, KEPT)
+    torch.testing.assert_close(last_states(trimmed, KEPT), last_states(folder, KEPT), rtol=0, atol=1e-5)
+    model, tokenizer = AutoModel.from_pretrained(trimmed), AutoTokenizer.from_pretrained(trimmed)
+    assert model.config.vocab_size == len(tokenizer) < len(AutoTokenizer.from_pretrained(folder))
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert tokenizer.model_max_length == AutoTokenizer.from_pretrained(folder).model_max_length
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordpiece"])
+def test_special_tokens_keep_their_roles(kind, request):
+    folder = request.getfixturevalue(kind)
+    whole, trimmed = (AutoTokenizer.from_pretrained(name) for name in (folder, trim_vocabulary(folder, KEPT)))
+    assert trimmed.special_tokens_map == whole.special_tokens_map
+    assert len(set(trimmed.all_special_ids)) == len(set(whole.all_special_ids))
+    assert max(trimmed.all_special_ids) < len(trimmed)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordpiece"])
+def test_other_text_still_encodes(kind, request):
+    folder = trim_vocabulary(request.getfixturevalue(kind), KEPT)
+    texts = [*OTHER, "完全に別の文 ☃"]
+    ids = AutoTokenizer.from_pretrained(folder)(texts)["input_ids"]
+    assert all(len(row) > 2 for row in ids)
+    assert torch.isfinite(last_states(folder, texts)).all()
+
+
+def test_a_cached_folder_is_reused_and_other_text_gets_another_one(unigram, cache):
+    first = trim_vocabulary(unigram, KEPT)
+    written = (Path(first) / "config.json").stat().st_mtime_ns
+    assert trim_vocabulary(unigram, KEPT[::-1]) == first
+    assert (Path(first) / "config.json").stat().st_mtime_ns == written
+    assert trim_vocabulary(unigram, KEPT + OTHER) != first
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_used_ids_of_many_texts_are_those_of_all_batches(unigram, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(unigram)
+    expected = {id for ids in tokenizer(KEPT + OTHER)["input_ids"] for id in ids} | set(tokenizer.all_special_ids)
+    monkeypatch.setattr("xlfa.vocabulary.BATCH", 3)
+    assert used_ids(tokenizer, iter(KEPT + OTHER)) == sorted(expected)
+
+
+def test_byte_pair_encoding_is_refused(tmp_path):
+    backend = Tokenizer(models.BPE(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.train_from_iterator(KEPT, trainers.BpeTrainer(vocab_size=60, special_tokens=list(BERT_TOKENS.values())))
+    folder = save_encoder(tmp_path / "bpe", PreTrainedTokenizerFast(tokenizer_object=backend, **BERT_TOKENS))
+    with pytest.raises(XLFAError, match="--trim_vocab.*BPE"):
+        trim_vocabulary(folder, KEPT)
+
+
+@pytest.mark.xfail(strict=True, reason="bug: do_lower_case falls back to BertTokenizer's default, true")
+def test_a_cased_wordpiece_tokenizer_stays_cased(tmp_path):
+    tokenizer = BertTokenizer(tokenizer_object=wordpiece_backend(), do_lower_case=False)
+    folder = save_encoder(tmp_path / "cased", tokenizer)
+    assert pieces(trim_vocabulary(folder, KEPT), KEPT) == pieces(folder, KEPT)
+
+
+@pytest.mark.xfail(strict=True, reason="bug: the trimmed tokenizer is built without the names of its special tokens")
+def test_a_tokenizer_of_the_generic_class_keeps_its_special_tokens(tmp_path):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=wordpiece_backend(), **BERT_TOKENS)
+    folder = save_encoder(tmp_path / "generic", tokenizer)
+    assert AutoTokenizer.from_pretrained(trim_vocabulary(folder, KEPT)).special_tokens_map == BERT_TOKENS
+
+
+@pytest.mark.xfail(strict=True, reason="bug: only TemplateProcessing gets the new ids of the special tokens")
+@pytest.mark.parametrize("post_processor", [processors.BertProcessing, processors.RobertaProcessing])
+def test_every_post_processor_puts_in_the_new_ids_of_the_special_tokens(tmp_path, post_processor):
+    backend = wordpiece_backend()
+    sep, cls = ((token, backend.token_to_id(token)) for token in ("[SEP]", "[CLS]"))
+    backend.post_processor = post_processor(sep, cls)
+    folder = save_encoder(tmp_path / "generic", PreTrainedTokenizerFast(tokenizer_object=backend, **BERT_TOKENS))
+    assert pieces(trim_vocabulary(folder, KEPT), KEPT) == pieces(folder, KEPT)
+
+
+@pytest.mark.xfail(strict=True, reason="bug: the cached folder is named after the path of the encoder, not its weights")
+def test_a_folder_with_other_weights_is_not_mistaken_for_its_predecessor(unigram):
+    trim_vocabulary(unigram, KEPT)
+    save_encoder(Path(unigram), AutoTokenizer.from_pretrained(unigram), seed=1)
+    trimmed = trim_vocabulary(unigram, KEPT)
+    torch.testing.assert_close(last_states(trimmed, KEPT), last_states(unigram, KEPT), rtol=0, atol=1e-5)
+
+
+@pytest.mark.offline
+def test_the_packaged_encoder_trimmed_to_the_sample_scores_alike(packaged_folder):
+    texts = []
+    for language in ("ar", "el", "en", "hi", "th", "zh"):
+        texts += load_rows("facebook/xnli", language, "test", "sample")["premise"][:8]
+    trimmed = trim_vocabulary(packaged_folder, texts)
+    assert pieces(trimmed, texts) == pieces(packaged_folder, texts)
+    torch.testing.assert_close(last_states(trimmed, texts), last_states(packaged_folder, texts), rtol=0, atol=1e-5)
+    size = json.loads((Path(trimmed) / "config.json").read_text())["vocab_size"]
+    assert size < 2000
