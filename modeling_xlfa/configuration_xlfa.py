@@ -52,8 +52,8 @@ class XLFAConfig(PretrainedConfig):
         ot_solver (`str`, defaults to `"sinkhorn"`):
             `"sinkhorn"`; or a limit of epsilon: `"exact"` (towards 0; needs POT), `"product"` (towards infinity).
         ot_epsilon_scale (`str`, defaults to `"centered_std"`):
-            Unit of epsilon: the standard deviation of a pair's double-centred cost; or `"std"`, `"mean"`, `"max"` of the
-            cost; or `"absolute"`.
+            Unit of epsilon: the standard deviation of a pair's double-centred cost; or `"std"`, `"mean"`, `"max"` of
+            the cost; or `"absolute"`.
         ot_cost (`str`, defaults to `"cosine"`):
             `"cosine"`: 1 - cos(x, y); `"sqeuclidean"`: ||x - y||² / 2.
         ot_layer (`str` or `int`, defaults to `"fused"`):

@@ -126,11 +126,13 @@ class XLFAPreTrainedModel(PreTrainedModel):
         model.base_model.encoder.load_state_dict(load_encoder(name_or_path, text_config).state_dict())
         return model
 
-    def combine_losses(
-        self, task_loss: torch.Tensor | None, ot_loss: torch.Tensor | None
-    ) -> torch.Tensor | None:
+    def combine_losses(self, task_loss: torch.Tensor | None, ot_loss: torch.Tensor | None) -> torch.Tensor | None:
         """task_loss + ot_weight · ot_loss, of the parts that are there."""
-        parts = [loss for loss in (task_loss, None if ot_loss is None else self.config.ot_weight * ot_loss) if loss is not None]
+        parts = [
+            loss
+            for loss in (task_loss, None if ot_loss is None else self.config.ot_weight * ot_loss)
+            if loss is not None
+        ]
         return sum(parts[1:], start=parts[0]) if parts else None
 
 
@@ -442,8 +444,8 @@ class XLFAForTokenClassification(_XLFAClassifier):
 
 
 def transport_statistics(result: TransportResult) -> dict[str, torch.Tensor]:
-    """What training logs of a solve, one value a pair: plan entropy (nats), iterations, marginal error, absolute epsilon
-    and whether the pair did not converge."""
+    """What training logs of a solve, one value a pair: plan entropy (nats), iterations, marginal error, absolute
+    epsilon and whether the pair did not converge."""
     return {
         "plan_entropy": result.plan_entropy.detach(),
         "iterations": result.iterations,

@@ -34,8 +34,8 @@ class TransportResult:
         iterations: B, sweeps until convergence (0 for the closed forms).
         marginal_error: B, ||P 1 - a||_1 + ||P^T 1 - b||_1.
         converged: B, whether the error came below the tolerance.
-        plan_entropy: B, mean entropy in nats of the plan's rows as distributions over the target tokens; its exponential
-            is the number of target tokens a source token is linked to.
+        plan_entropy: B, mean entropy in nats of the plan's rows as distributions over the target tokens; its
+            exponential is the number of target tokens a source token is linked to.
         epsilon: B, the absolute epsilon that was used.
         plan: B x n x m where it was asked for, else None.
     """
@@ -105,7 +105,9 @@ def cost_scale(
         mean = (values.sum(dim=(1, 2)) / count).view(-1, 1, 1)
         centred = (values - rows - columns + mean) * valid
     else:
-        raise ValueError(f"scale={scale!r} is not allowed: it must be 'centered_std', 'std', 'mean', 'max' or 'absolute'")
+        raise ValueError(
+            f"scale={scale!r} is not allowed: it must be 'centered_std', 'std', 'mean', 'max' or 'absolute'"
+        )
     return (centred.square().sum(dim=(1, 2)) / count).sqrt()
 
 
@@ -212,7 +214,7 @@ def _solve(
         sweeps += block
         error = problem.row_error()
         stretched = problem.largest_exponent() > ABSORB_EXPONENT
-        # While the scalings are large, the kernel's floor carries mass that the plan does not have: no convergence then.
+        # While the scalings are large, the kernel's floor carries mass that the plan does not have.
         done = (error <= tol) & ~stretched
         # The one synchronisation of the block.
         done_list, stretched_list = torch.stack([done, stretched]).tolist()
@@ -250,9 +252,7 @@ class _ScalingForm:
     products on a CPU, hence K and its transpose.
     """
 
-    def __init__(
-        self, scaled: torch.Tensor, a: torch.Tensor, b: torch.Tensor, phi: torch.Tensor, gamma: torch.Tensor
-    ):
+    def __init__(self, scaled: torch.Tensor, a: torch.Tensor, b: torch.Tensor, phi: torch.Tensor, gamma: torch.Tensor):
         self.scaled, self.phi, self.gamma = scaled, phi, gamma
         self.a, self.b = a.unsqueeze(1), b.unsqueeze(1)
         self.relaxation = scaled.new_ones(scaled.shape[0], 1, 1)

@@ -74,7 +74,9 @@ def test_a_decoder_is_refused():
 
 def test_saved_config_holds_epsilon_and_the_whole_auto_map_and_no_path(bert_config, tmp_path):
     bert_config._name_or_path = "/home/somebody/secret"
-    XLFAConfig(text_config=bert_config, ot_epsilon=0.05, auto_map={"AutoModel": "other--code.Model"}).save_pretrained(tmp_path)
+    XLFAConfig(text_config=bert_config, ot_epsilon=0.05, auto_map={"AutoModel": "other--code.Model"}).save_pretrained(
+        tmp_path
+    )
     text = (tmp_path / "config.json").read_text()
     saved = json.loads(text)
     assert saved["ot_epsilon"] == 0.05 and saved["ot_epsilon_scale"] == "centered_std"
@@ -93,4 +95,7 @@ def test_loading_gives_the_same_fields_and_takes_overrides(bert_config, tmp_path
     loaded = AutoConfig.from_pretrained(tmp_path, ot_epsilon=0.7)
     assert isinstance(loaded, XLFAConfig)
     assert (loaded.fusion_layer, loaded.ot_layer, loaded.num_labels, loaded.ot_epsilon) == (2, 3, 5, 0.7)
-    assert loaded.text_config.to_dict() == bert_config.to_dict() | {"_name_or_path": "", "dtype": loaded.text_config.dtype}
+    assert loaded.text_config.to_dict() == bert_config.to_dict() | {
+        "_name_or_path": "",
+        "dtype": loaded.text_config.dtype,
+    }

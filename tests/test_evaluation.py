@@ -29,7 +29,9 @@ def models(tiny_encoder, tmp_path_factory):
 
 def score(models, task, output, *flags):
     small = ["--max_length", "160", "--doc_stride", "32"] if task == "xquad" else []
-    main(["--model", models[task], "--task", task, "--data_root", "sample", "--output_dir", str(output), *small, *flags])
+    main(
+        ["--model", models[task], "--task", task, "--data_root", "sample", "--output_dir", str(output), *small, *flags]
+    )
     return json.loads((output / "scores.json").read_text())
 
 

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
 
 from modeling_xlfa import (
     XLFAConfig,

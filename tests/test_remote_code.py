@@ -60,7 +60,10 @@ def test_heads_load_from_their_copied_code_in_a_clean_process(bert_config, tmp_p
         torch.save(inputs, folder / "inputs.pt")
         with torch.no_grad():
             output = model(**inputs)
-            expected[folder] = (output.get("logits", output.get("start_logits")), model.xlfa(**inputs).last_hidden_state)
+            expected[folder] = (
+                output.get("logits", output.get("start_logits")),
+                model.xlfa(**inputs).last_hidden_state,
+            )
         jobs.append([str(folder), name])
     subprocess.run(
         [sys.executable, "-S", "-c", CLEAN_PROCESS, json.dumps(jobs)],

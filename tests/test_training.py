@@ -192,7 +192,7 @@ def write_dataset(root, rows):
         ([{"premise": "a", "hypothesis": "b", "label": 3}], "row 0 has label 3; the task 'xnli' knows 0..2"),
         ([{"premise": "a", "hypothesis": "b", "label": -1}], "row 0 has label -1"),
         ([{"premise": "a", "label": 0}], "has no column hypothesis"),
-        ([], "local/train"),
+        ([], "local/train (default, train) is empty"),
     ],
 )
 def test_bad_training_rows_are_named(tiny_encoder, tmp_path, rows, message):

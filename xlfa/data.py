@@ -1,10 +1,12 @@
 """Loading data sets: from the Hub, from a local mirror of it, or from the sample that ships with the package."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, get_dataset_config_names, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.config import HF_DATASETS_CACHE
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from xlfa.errors import XLFAError
 
@@ -44,18 +46,22 @@ def load_rows(
     """
     location = dataset_location(dataset, data_root)
     place = f"{dataset} ({config or 'default'}, {split})"
+    cache_dir = None if data_root is None else folder_cache(Path(location))
     try:
-        rows = load_dataset(location, config, split=split)
+        rows = load_dataset(location, config, split=split, cache_dir=cache_dir)
     except DatasetNotFoundError:
         raise XLFAError(
-            f"no data set {dataset!r} on the Hub, or no access to it: check the id, log in with `hf auth login` where it "
-            "is gated, or name a local mirror with --data_root"
+            f"no data set {dataset!r} on the Hub, or no access to it: check the id, log in with `hf auth login` where "
+            "it is gated, or name a local mirror with --data_root"
         ) from None
     except ConnectionError as error:
         raise XLFAError(
             f"the data set {dataset!r} cannot be reached ({error}): name a local mirror with --data_root"
         ) from None
-    except (ValueError, FileNotFoundError) as error:
+    except StopIteration:
+        # What datasets raises for a JSON file without a line.
+        raise XLFAError(f"{place} is empty: there is nothing to train on or score") from None
+    except (ValueError, FileNotFoundError, DatasetGenerationError) as error:
         known = _config_names(location)
         if known is not None and config is not None and config not in known:
             raise XLFAError(f"{dataset} has no configuration {config!r}; it has: {', '.join(known)}") from None
@@ -66,6 +72,19 @@ def load_rows(
     if len(rows) == 0:
         raise XLFAError(f"{place} is empty: there is nothing to train on or score")
     return rows
+
+
+def folder_cache(folder: Path) -> str:
+    """A cache folder of datasets for one state of a local folder: its path and its files' names, sizes and times.
+
+    datasets keys the cache of a local folder by its name and its README's configuration alone (seen with 5.2): two
+    folders of the same name, or one whose files changed, would silently give the rows that were read first.
+    """
+    digest = hashlib.sha256(str(folder).encode())
+    for path in sorted(folder.rglob("*")):
+        status = path.stat()
+        digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return str(Path(HF_DATASETS_CACHE) / "xlfa" / digest.hexdigest()[:16])
 
 
 def _config_names(location: str) -> list[str] | None:

@@ -37,13 +37,17 @@ class EvaluationArguments:
     languages: list[str] | None = field(default=None, metadata={"help": "ISO 639-1 codes; by default all of the task."})
     data_root: str | None = field(
         default=None,
-        metadata={"help": "Folder with data sets as <org>/<name> instead of the Hub, or 'sample' for the embedded texts."},
+        metadata={
+            "help": "Folder with data sets as <org>/<name> instead of the Hub, or 'sample' for the embedded texts."
+        },
     )
     output_dir: str | None = field(default=None, metadata={"help": "Where to write; by default <model>/scores/<task>."})
     max_examples: int | None = field(
         default=None,
-        metadata={"help": "Score a seeded sample of whole premises or paragraphs, at most that many examples, the same "
-                  "in every language."},
+        metadata={
+            "help": "Score a seeded sample of whole premises or paragraphs, at most that many examples, the same "
+            "in every language."
+        },
     )
     seed: int = field(default=0, metadata={"help": "Of that sample."})
     batch_size: int = field(default=32, metadata={"help": "Inputs a batch."})
@@ -119,11 +123,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
 
 
 def output_folder(arguments: EvaluationArguments) -> Path:
-    """`--output_dir`, or `scores/<task>` inside the model's folder (inside the working folder for a Hub id).
-
-    Raises:
-        XLFAError: never; a Hub id simply has no folder of its own.
-    """
+    """`--output_dir`; else `scores/<task>` in the model's folder, or for a Hub id in a folder of its name here."""
     if arguments.output_dir is not None:
         return Path(arguments.output_dir)
     model = Path(arguments.model)
@@ -148,11 +148,13 @@ def load_model(task: Task, name_or_path: str) -> tuple[XLFAPreTrainedModel, PreT
     head = task.model_class.__name__
     if config.architectures != [head]:
         raise XLFAError(
-            f"--model {name_or_path} has the head {', '.join(config.architectures or ['none'])}; the task {task.name!r} "
-            f"needs {head}"
+            f"--model {name_or_path} has the head {', '.join(config.architectures or ['none'])}; the task "
+            f"{task.name!r} needs {head}"
         )
     try:
-        return task.model_class.from_pretrained(name_or_path, config=config), AutoTokenizer.from_pretrained(name_or_path)
+        return task.model_class.from_pretrained(name_or_path, config=config), AutoTokenizer.from_pretrained(
+            name_or_path
+        )
     except (OSError, ValueError) as error:
         raise XLFAError(f"--model {name_or_path}: cannot load it ({error})") from None
 

@@ -65,7 +65,8 @@ def _filtered(rows: Dataset, filters: list[str], place: str) -> Dataset:
         column, equals, value = text.partition("=")
         if not equals or column not in rows.column_names:
             raise XLFAError(
-                f"--parallel_filter {text!r} must be column=value with a column of {place}: {', '.join(rows.column_names)}"
+                f"--parallel_filter {text!r} must be column=value with a column of {place}: "
+                + ", ".join(rows.column_names)
             )
         kept = [position for position, found in enumerate(rows[column]) if str(found) == value]
         if not kept:
@@ -130,7 +131,10 @@ class PairSampler:
         inputs = {}
         for side, sentences in zip(("source", "target"), zip(*self.draw(step, first, count))):
             padded = self.tokenizer.pad({"input_ids": list(sentences)}, return_tensors="pt")
-            special = [self.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True) for ids in padded["input_ids"].tolist()]
+            special = [
+                self.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
+                for ids in padded["input_ids"].tolist()
+            ]
             inputs[f"{side}_input_ids"] = padded["input_ids"]
             inputs[f"{side}_attention_mask"] = padded["attention_mask"]
             inputs[f"{side}_special_tokens_mask"] = torch.tensor(special)

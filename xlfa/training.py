@@ -127,7 +127,6 @@ class XLFATrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-
     def latest_validation(self) -> dict[str, float] | None:
         """The validation scores of the present step, None if it was not validated or another checkpoint is loaded."""
         if self.args.load_best_model_at_end:
@@ -270,7 +269,7 @@ def build_model(
         XLFAError: for an unknown encoder or a bad config field.
     """
     fields = model_args.config_fields()
-    if hasattr(task, "label_names"):
+    if task.label_names:
         fields["id2label"] = dict(enumerate(task.label_names))
         fields["label2id"] = {name: number for number, name in enumerate(task.label_names)}
     if model_args.encoder_config is not None:

@@ -27,8 +27,8 @@ def trim_vocabulary(name_or_path: str, texts: Iterable[str]) -> str:
         texts: all text that the model is to read.
 
     Raises:
-        XLFAError: for a tokenizer that is neither a unigram nor a WordPiece model: merges of byte-pair encoding depend on
-            pieces that appear in no text.
+        XLFAError: for a tokenizer that is neither a unigram nor a WordPiece model: the merges of byte-pair encoding
+            depend on pieces that appear in no text.
     """
     source = resolve_encoder(name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -53,7 +53,8 @@ class QuestionAnsweringTask(Task):
         room = max_length - MAX_QUESTION_TOKENS - tokenizer.num_special_tokens_to_add(pair=True)
         if room <= 0:
             raise XLFAError(
-                f"--max_length {max_length} leaves no room for a context beside a question of {MAX_QUESTION_TOKENS} tokens"
+                f"--max_length {max_length} leaves no room for a context beside a question of "
+                f"{MAX_QUESTION_TOKENS} tokens"
             )
         encoded = tokenizer(
             questions,
@@ -149,7 +150,7 @@ class QuestionAnsweringTask(Task):
 
 
 def answer_tokens(offsets: list[tuple[int, int]], start_char: int, end_char: int) -> tuple[int, int] | None:
-    """First and last token that the characters [start_char, end_char) touch; None if the window does not hold them all."""
+    """First and last token that the characters [start_char, end_char) touch; None if the window lacks some."""
     if offsets[0][0] > start_char or offsets[-1][1] < end_char:
         return None
     start = next(index for index, (_, past) in enumerate(offsets) if past > start_char)

@@ -26,11 +26,9 @@ class SequenceClassificationTask(Task):
 
     Attributes:
         sentence_columns: the two text columns.
-        label_names: in the order of the label numbers.
     """
 
     sentence_columns: tuple[str, str]
-    label_names: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
 
     @property
@@ -42,8 +40,8 @@ class SequenceClassificationTask(Task):
         for position, label in enumerate(labels):
             if label not in range(len(self.label_names)):
                 raise XLFAError(
-                    f"{place}: row {position} has label {label!r}; the task {self.name!r} knows 0..{len(self.label_names) - 1} "
-                    f"({', '.join(self.label_names)})"
+                    f"{place}: row {position} has label {label!r}; the task {self.name!r} knows "
+                    f"0..{len(self.label_names) - 1} ({', '.join(self.label_names)})"
                 )
 
     def texts(self, rows: Dataset) -> list[str]:

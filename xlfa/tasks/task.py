@@ -1,7 +1,7 @@
 """What a task is: where its data lies, how it becomes model inputs, and how outputs become predictions and scores."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -67,6 +67,7 @@ class Task(ABC):
         metrics: names of the scores, the primary one first.
         columns: what the data must have.
         group_column: rows with the same value belong together when data are split or sampled.
+        label_names: of a classification task, in the order of the label numbers.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Task(ABC):
     metrics: tuple[str, ...]
     columns: tuple[str, ...]
     group_column: str
-    model_fields: dict[str, Any] = field(default_factory=dict)
+    label_names: tuple[str, ...] = ()
 
     @property
     @abstractmethod
@@ -151,7 +152,9 @@ class Task(ABC):
             rows = load_rows(source.dataset, source.config, source.split, data_root, self.columns)
         return rows.select(sample_clusters(rows[self.group_column], max_examples, seed))
 
-    def _training_and_held_out(self, train_dataset: str | None, data_root: str | None) -> tuple[Dataset, Dataset | None]:
+    def _training_and_held_out(
+        self, train_dataset: str | None, data_root: str | None
+    ) -> tuple[Dataset, Dataset | None]:
         dataset, config = (train_dataset, None) if train_dataset else (self.train.dataset, self.train.config)
         rows = load_rows(dataset, config, self.train.split, data_root, self.columns)
         self.check_rows(rows, dataset)
@@ -160,6 +163,7 @@ class Task(ABC):
         kept, held_out = hold_out_groups(rows[self.group_column], HELD_OUT_FRACTION)
         return rows.select(kept), rows.select(held_out)
 
+    @abstractmethod
     def check_rows(self, rows: Dataset, place: str) -> None:
         """Raise `XLFAError` for rows that no model can be trained on or scored with."""
 
@@ -174,5 +178,3 @@ class Task(ABC):
         if "id" in rows.column_names:
             return [str(value) for value in rows["id"]]
         return [str(position) for position in range(len(rows))]
-
-
