@@ -1,7 +1,7 @@
 """Feature aggregation: AIF and DLFA (Chen, Guo, Liu, Tao, ICPR 2022, arXiv 2205.08497).
 
 All tensors are B x T x E with the channels last, so the kernel-size-1 convolutions of the paper are linear maps over
-the last axis. `attention_mask` is B x T with 1 on tokens and 0 on padding; padding enters neither pooling nor statistics.
+the last axis. `mask` is B x T with 1 on tokens and 0 on padding; padding enters neither pooling nor statistics.
 """
 
 import torch

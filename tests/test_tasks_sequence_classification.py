@@ -123,9 +123,10 @@ def test_training_rows_are_shuffled_and_cut_by_seed():
     assert len(TASK.load_training(None, "sample", 10**6, seed=0)) == len(whole)
 
 
-def test_another_training_set_can_be_named(mirror_with_label):
+def test_another_training_set_can_be_named(mirror_with_label, tmp_path):
     root = mirror_with_label(2)
-    assert TASK.load_training("facebook/xnli", root, None, 0).sort("premise")["premise"][-1] == "x"
+    (tmp_path / "root" / "facebook").rename(tmp_path / "root" / "org")
+    assert sorted(TASK.load_training("org/xnli", root, None, 0)["premise"]) == ["a cat sat", "a cat sat", "x"]
     with pytest.raises(XLFAError, match="'org/none'"):
         TASK.load_training("org/none", root, None, 0)
 

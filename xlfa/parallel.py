@@ -128,14 +128,12 @@ class PairSampler:
 
     def batch(self, step: int, first: int, count: int) -> dict[str, torch.Tensor]:
         """The same pairs as model inputs: ids, attention mask and special-token mask of both sides."""
+        # An unknown piece is a token of the sentence like the others.
+        special = torch.tensor(sorted(set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}))
         inputs = {}
         for side, sentences in zip(("source", "target"), zip(*self.draw(step, first, count))):
             padded = self.tokenizer.pad({"input_ids": list(sentences)}, return_tensors="pt")
-            special = [
-                self.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
-                for ids in padded["input_ids"].tolist()
-            ]
             inputs[f"{side}_input_ids"] = padded["input_ids"]
             inputs[f"{side}_attention_mask"] = padded["attention_mask"]
-            inputs[f"{side}_special_tokens_mask"] = torch.tensor(special)
+            inputs[f"{side}_special_tokens_mask"] = torch.isin(padded["input_ids"], special).long()
         return inputs
