@@ -42,7 +42,8 @@ class XLFAConfig(PretrainedConfig):
         fusion_reduction (`int`, defaults to 4):
             r of the bottleneck: hidden size / r channels.
         fusion_norm (`str`, defaults to `"batch"`):
-            Normalisation inside AIF: `"batch"` as published, `"layer"`, or `"none"`.
+            Normalisation inside AIF: `"batch"` as published, `"layer"`, or `"none"`. Batch statistics are those of one
+            forward call: with gradient accumulation they differ from those of the whole batch, so the gradient does too.
         fusion_layer_norm (`bool`, defaults to `False`):
             A LayerNorm on each fused layer, for encoders whose intermediate states are not normalised.
         ot_weight (`float`, defaults to 0.0):

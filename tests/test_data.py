@@ -1,6 +1,7 @@
 """Data sets that cannot be used end in one XLFAError; samples and hold-outs keep together what belongs together."""
 
 import json
+import shutil
 from collections import Counter
 
 import datasets
@@ -16,7 +17,7 @@ PREMISES = [f"premise {number // 3}" for number in range(60)]
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("xlfa.data.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -115,18 +116,32 @@ def test_an_empty_file_beside_a_full_one_is_refused(add_dataset):
         load_rows("org/nli", "en", "test", add_dataset("nli", {"en": files}))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: StopIteration where the only file has no bytes")
 def test_an_empty_file_alone_is_refused(add_dataset):
     root = add_dataset("nli", {"en": {"train": text_file("train.jsonl", "")}})
     with pytest.raises(XLFAError, match=r"org/nli \(en, train\)"):
         load_rows("org/nli", "en", "train", root)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: DatasetGenerationError is not turned into an XLFAError")
 def test_a_file_that_is_no_json_is_refused(add_dataset):
     root = add_dataset("nli", {"en": {"train": text_file("train.jsonl", "{no json\n")}})
     with pytest.raises(XLFAError, match=r"org/nli \(en, train\)"):
         load_rows("org/nli", "en", "train", root)
+
+
+def test_a_file_that_changed_is_read_anew(add_dataset, tmp_path):
+    root = add_dataset("nli", {"en": {"train": json_file("train.jsonl", ROWS)}})
+    load_rows("org/nli", "en", "train", root)
+    (tmp_path / "root/org/nli/en/train.jsonl").write_text('{"premise": "new", "label": 2}\n')
+    assert load_rows("org/nli", "en", "train", root).to_list() == [{"premise": "new", "label": 2}]
+
+
+def test_folders_of_the_same_name_under_two_roots_are_not_mistaken_for_each_other(add_dataset, tmp_path):
+    root = add_dataset("nli", {"en": {"train": json_file("train.jsonl", ROWS)}})
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    (other / "org/nli/en/train.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
+    assert len(load_rows("org/nli", "en", "train", root)) == 2
+    assert load_rows("org/nli", "en", "train", str(other)).to_list() == ROWS[1:]
 
 
 def test_an_unreachable_hub_names_the_data_set_and_the_remedy(monkeypatch):

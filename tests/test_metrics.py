@@ -101,7 +101,9 @@ def test_the_best_of_several_answers_counts(extractive_qa):
 
 def test_scores_are_means_over_questions(extractive_qa):
     result = extractive_qa.compute(
-        predictions=["blue fish", "green", "goat cheese"], references=[["blue fish"], ["red"], ["cheese"]], language="en"
+        predictions=["blue fish", "green", "goat cheese"],
+        references=[["blue fish"], ["red"], ["cheese"]],
+        language="en",
     )
     assert result["f1"] == pytest.approx((100 + 0 + 200 / 3) / 3)
     assert result["exact_match"] == pytest.approx(100 / 3)

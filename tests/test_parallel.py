@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 
-import datasets
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -16,7 +15,7 @@ LANGUAGES = ("de", "fr", "th", "vi")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("xlfa.data.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -24,8 +23,7 @@ def data_root(tmp_path):
     """org/pairs with en-de (50 pairs, alternating source), bg-en, and en-xx without a `translation` column."""
     rows = {
         "en-de": [
-            {"translation": {"en": f"one {number}", "de": f"eins {number}"}, "source": "ab"[number % 2], "score": number}
-            for number in range(50)
+            {"translation": {"en": f"one {n}", "de": f"eins {n}"}, "source": "ab"[n % 2], "score": n} for n in range(50)
         ],
         "bg-en": [{"translation": {"bg": "едно", "en": "one"}, "source": "a", "score": 1}],
         "en-xx": [{"text": "one"}],
@@ -133,8 +131,8 @@ def test_every_pair_of_a_language_can_be_drawn(sampler):
 def test_pairs_with_a_long_side_are_left_out_and_not_cut(tokenizer):
     texts = {"de": [("abc", "abcdef"), ("abcdefg", "abc"), ("abc", "abcdefg"), ("abcdef", "ab")]}
     sampler = PairSampler.from_texts(texts, tokenizer, max_length=8, seed=0)
-    kept = [[tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") for ids in pair] for pair in sampler.pairs["de"]]
-    assert kept == [["abc", "abcdef"], ["abcdef", "ab"]]
+    kept = [tuple("".join(tokenizer.convert_ids_to_tokens(ids[1:-1])) for ids in pair) for pair in sampler.pairs["de"]]
+    assert kept == [("abc", "abcdef"), ("abcdef", "ab")]
 
 
 def test_a_language_whose_pairs_are_all_too_long_is_named(tokenizer):
@@ -155,7 +153,15 @@ def test_special_tokens_and_padding_are_marked_and_nothing_else(tokenizer):
     batch = sampler.batch(0, 0, 16)
     for name in ("source", "target"):
         ids = batch[f"{name}_input_ids"]
-        framing = torch.isin(ids, torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]))
-        assert torch.equal(batch[f"{name}_special_tokens_mask"].bool(), framing)
+        special = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id])
+        assert torch.equal(batch[f"{name}_special_tokens_mask"].bool(), torch.isin(ids, special))
         words = batch[f"{name}_attention_mask"] * (1 - batch[f"{name}_special_tokens_mask"])
         assert sorted(set(words.sum(1).tolist())) == ([2, 3] if name == "source" else [1, 4])
+
+
+def test_an_unknown_piece_is_a_token_of_its_sentence(tokenizer):
+    sampler = PairSampler.from_texts({"de": [("aü", "ü")]}, tokenizer, max_length=8, seed=0)
+    batch = sampler.batch(0, 0, 1)
+    assert batch["target_input_ids"][0, 1] == tokenizer.unk_token_id
+    assert batch["target_special_tokens_mask"].tolist() == [[1, 0, 1]]
+    assert batch["source_special_tokens_mask"].tolist() == [[1, 0, 0, 1]]

@@ -4,7 +4,6 @@ import json
 import math
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -23,7 +22,7 @@ OFFSETS = [(0, 3), (4, 7), (7, 9), (10, 14)]
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("xlfa.data.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -38,10 +37,10 @@ def packaged_tokenizer():
 
 
 def question_rows(context, answers, question="which one?"):
-    rows = [
-        {"id": str(number), "context": context, "question": question, "answers": {"text": [text], "answer_start": [start]}}
-        for number, (text, start) in enumerate(answers)
-    ]
+    rows = []
+    for number, (text, start) in enumerate(answers):
+        answer = {"text": [text], "answer_start": [start]}
+        rows.append({"id": str(number), "context": context, "question": question, "answers": answer})
     return Dataset.from_list(rows)
 
 
@@ -182,7 +181,8 @@ def test_the_score_is_the_probability_of_start_and_end(tokenizer):
 def test_padding_changes_neither_span_nor_score(tokenizer):
     windows = TASK.scoring_windows(question_rows("short text", [("text", 6)]), tokenizer, MAX_LENGTH, STRIDE)
     outputs = logits_at(windows, [(5, 8)], peak=3.0)
-    padded = SimpleNamespace(**{name: torch.cat([logits, torch.ones(1, 40)], 1) for name, logits in vars(outputs).items()})
+    longer = {name: torch.cat([logits, torch.ones(1, 40)], 1) for name, logits in vars(outputs).items()}
+    padded = SimpleNamespace(**longer)
     assert TASK.read_outputs(padded, windows)[0] == pytest.approx(TASK.read_outputs(outputs, windows)[0])
 
 
@@ -230,7 +230,7 @@ def test_a_question_without_answer_is_named_with_its_row(tmp_path):
         TASK.load_training(None, str(tmp_path), None, 0)
 
 
-def test_all_contexts_and_questions_are_listed_once_for_the_vocabulary():
+def test_each_context_once_and_every_question_is_listed_for_the_vocabulary():
     rows = question_rows("some text", [("some", 0), ("text", 5)])
     assert TASK.texts(rows) == ["some text", "which one?", "which one?"]
 

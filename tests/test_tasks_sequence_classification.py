@@ -4,7 +4,6 @@ import json
 import math
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -25,7 +24,7 @@ ROWS = Dataset.from_list(
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("xlfa.data.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -106,7 +105,7 @@ def test_a_label_outside_the_range_is_named_with_its_row(mirror_with_label, labe
             load()
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the rows of a validation split are not checked; -1 becomes 'contradiction'")
+@pytest.mark.xfail(strict=True, reason="bug: the validation split is not checked; -1 becomes 'contradiction'")
 def test_a_label_outside_the_range_is_refused_in_validation_too(mirror_with_label):
     with pytest.raises(XLFAError, match="row 2 has label -1"):
         TASK.load_validation(None, mirror_with_label(-1))
