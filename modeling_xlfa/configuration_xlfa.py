@@ -23,6 +23,7 @@ CHOICES = {
     "ot_solver": ("sinkhorn", "exact", "product"),
     "ot_epsilon_scale": ("centered_std", "std", "mean", "max", "absolute"),
     "ot_cost": ("cosine", "sqeuclidean"),
+    "ot_marginals": ("uniform", "norm", "idf"),
     "classifier_pooling": ("cls", "mean"),
 }
 
@@ -42,8 +43,8 @@ class XLFAConfig(PretrainedConfig):
         fusion_reduction (`int`, defaults to 4):
             r of the bottleneck: hidden size / r channels.
         fusion_norm (`str`, defaults to `"batch"`):
-            Normalisation inside AIF: `"batch"` as published, `"layer"`, or `"none"`. Batch statistics are those of one
-            forward call: with gradient accumulation they differ from those of the whole batch, so the gradient does too.
+            Normalisation inside AIF: `"batch"` as published, `"layer"`, or `"none"`. Batch statistics are those of
+            one forward call: with gradient accumulation they differ from the whole batch's, so the gradient does too.
         fusion_layer_norm (`bool`, defaults to `False`):
             A LayerNorm on each fused layer, for encoders whose intermediate states are not normalised.
         ot_weight (`float`, defaults to 0.0):
@@ -59,6 +60,17 @@ class XLFAConfig(PretrainedConfig):
             `"cosine"`: 1 - cos(x, y); `"sqeuclidean"`: ||x - y||² / 2.
         ot_layer (`str` or `int`, defaults to `"fused"`):
             States that are aligned: `"fused"` (the last layer where `fusion="none"`) or a layer index 0..N.
+        ot_tau (`float`, *optional*):
+            Strength of soft marginals (unbalanced transport), in units of `ot_epsilon_scale`; None for hard ones.
+        ot_debiased (`bool`, defaults to `False`):
+            The Sinkhorn divergence instead of the plain value.
+        ot_marginals (`str`, defaults to `"uniform"`):
+            Weights of a sentence's tokens: `"uniform"`, `"norm"` (of their states), or `"idf"` (a table that is saved
+            with the weights).
+        ot_center (`bool`, defaults to `False`):
+            Subtract each side's mean state over the batch before the cost, for encoders whose states all point one way.
+        ot_epsilon_start (`float`, *optional*):
+            Epsilon at the start of training; it decays geometrically to `ot_epsilon` at the end.
         ot_max_iter (`int`, defaults to 5000):
             Most Sinkhorn sweeps for a pair.
         ot_tol (`float`, defaults to 1e-3):
@@ -108,6 +120,11 @@ class XLFAConfig(PretrainedConfig):
         ot_epsilon_scale="centered_std",
         ot_cost="cosine",
         ot_layer="fused",
+        ot_tau=None,
+        ot_debiased=False,
+        ot_marginals="uniform",
+        ot_center=False,
+        ot_epsilon_start=None,
         ot_max_iter=5000,
         ot_tol=1e-3,
         classifier_dropout=None,
@@ -142,6 +159,11 @@ class XLFAConfig(PretrainedConfig):
         self.ot_epsilon_scale = ot_epsilon_scale
         self.ot_cost = ot_cost
         self.ot_layer = ot_layer
+        self.ot_tau = ot_tau
+        self.ot_debiased = ot_debiased
+        self.ot_marginals = ot_marginals
+        self.ot_center = ot_center
+        self.ot_epsilon_start = ot_epsilon_start
         self.ot_max_iter = ot_max_iter
         self.ot_tol = ot_tol
         self.classifier_dropout = classifier_dropout
@@ -179,13 +201,20 @@ class XLFAConfig(PretrainedConfig):
             self._reject("fusion_layer", f"a layer index 1..{depth - 1} (the encoder has {depth} layers)")
         if not (_is_int(self.fusion_reduction) and 1 <= self.fusion_reduction <= self.hidden_size):
             self._reject("fusion_reduction", f"an integer 1..{self.hidden_size} (the hidden size)")
-        if not isinstance(self.fusion_layer_norm, bool):
-            self._reject("fusion_layer_norm", "True or False")
+        for field in ("fusion_layer_norm", "ot_debiased", "ot_center"):
+            if not isinstance(getattr(self, field), bool):
+                self._reject(field, "True or False")
 
         if not (_is_finite(self.ot_weight) and self.ot_weight >= 0):
             self._reject("ot_weight", "a finite number >= 0 (0 switches the term off)")
         if not (_is_finite(self.ot_epsilon) and self.ot_epsilon > 0):
             self._reject("ot_epsilon", 'a finite number > 0 (its limits are ot_solver="exact" and ot_solver="product")')
+        for field in ("ot_tau", "ot_epsilon_start"):
+            value = getattr(self, field)
+            if value is not None and not (_is_finite(value) and value > 0):
+                self._reject(field, "None or a finite number > 0")
+        if self.ot_tau is not None and self.ot_solver != "sinkhorn":
+            self._reject("ot_tau", f"None with ot_solver={self.ot_solver!r}, which has hard marginals only")
         if self.ot_layer != "fused" and not (_is_int(self.ot_layer) and 0 <= self.ot_layer <= depth):
             self._reject("ot_layer", f"'fused' or a layer index 0..{depth}")
         if not (_is_int(self.ot_max_iter) and self.ot_max_iter >= 1):

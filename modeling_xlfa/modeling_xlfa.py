@@ -90,6 +90,11 @@ class XLFAPreTrainedModel(PreTrainedModel):
         config.check_fields()
         super().__init__(config, *args, **kwargs)
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, XLFAModel) and module.ot_idf is not None:
+            nn.init.ones_(module.ot_idf)
+
     @classmethod
     def from_encoder(
         cls, name_or_path: str, encoder_config: dict | None = None, **config_fields
@@ -158,6 +163,12 @@ class XLFAModel(XLFAPreTrainedModel):
             )
         else:
             self.fusion = None
+        # A table of weights by piece, saved with the model; training fills it from the parallel text.
+        self.register_buffer(
+            "ot_idf", torch.ones(self.encoder.config.vocab_size) if config.ot_marginals == "idf" else None
+        )
+        # Share of the training that is done; below 1 only while a trainer runs a schedule of epsilon.
+        self.ot_progress = 1.0
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -223,17 +234,29 @@ class XLFAModel(XLFAPreTrainedModel):
             raise ValueError("alignment needs both source_input_ids and target_input_ids; one of them is missing")
         return output if return_dict else output.to_tuple()
 
+    @property
+    def ot_epsilon_now(self) -> float:
+        """Epsilon at `ot_progress`: from `ot_epsilon_start`, where there is one, geometrically to `ot_epsilon`."""
+        start = self.config.ot_epsilon_start or self.config.ot_epsilon
+        return start ** (1 - self.ot_progress) * self.config.ot_epsilon**self.ot_progress
+
     def align(self, source: "_Sentences", target: "_Sentences") -> tuple[torch.Tensor, TransportResult]:
         """The alignment term of a batch of pairs and what the solver did."""
         config = self.config
-        states, mask = self._alignment_states(source, target)
+        input_ids, states, mask = self._alignment_states(source, target)
+        marginal = self._marginals(input_ids, states, mask)
         pairs = source.input_ids.shape[0]
         return alignment_loss(
             states[:pairs],
             states[pairs:],
             mask[:pairs],
             mask[pairs:],
-            epsilon=config.ot_epsilon,
+            source_marginal=marginal[:pairs],
+            target_marginal=marginal[pairs:],
+            tau=config.ot_tau,
+            debiased=config.ot_debiased,
+            center=config.ot_center,
+            epsilon=self.ot_epsilon_now,
             epsilon_scale=config.ot_epsilon_scale,
             cost=config.ot_cost,
             solver=config.ot_solver,
@@ -241,8 +264,20 @@ class XLFAModel(XLFAPreTrainedModel):
             tol=config.ot_tol,
         )
 
-    def _alignment_states(self, source: "_Sentences", target: "_Sentences") -> tuple[torch.Tensor, torch.Tensor]:
-        """States of `ot_layer` and the mask of alignable tokens, source sentences first, one encoder call for both."""
+    def _marginals(self, input_ids: torch.Tensor, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Weights of the tokens by `ot_marginals`, B x T, each row summing to 1 over the mask; without gradient."""
+        if self.config.ot_marginals == "norm":
+            weights = torch.linalg.vector_norm(states.detach().float(), dim=-1) * mask
+        elif self.config.ot_marginals == "idf":
+            weights = self.ot_idf.float()[input_ids] * mask
+        else:
+            weights = mask.float()
+        return weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+
+    def _alignment_states(
+        self, source: "_Sentences", target: "_Sentences"
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids, states of `ot_layer` and mask of alignable tokens, source sentences first; one encoder call for both."""
         length = max(source.input_ids.shape[1], target.input_ids.shape[1])
         pad = self.config.pad_token_id or 0
         input_ids = torch.cat([_pad_to(side.input_ids, length, pad) for side in (source, target)])
@@ -262,7 +297,7 @@ class XLFAModel(XLFAPreTrainedModel):
             states = self._fuse(encoded, attention_mask, update_statistics=False)
         else:
             states = encoded.hidden_states[layer]
-        return states, attention_mask * (1 - special)
+        return input_ids, states, attention_mask * (1 - special)
 
     def _fuse(self, encoded: ModelOutput, attention_mask: torch.Tensor, update_statistics: bool = True) -> torch.Tensor:
         if self.fusion is None:

@@ -1,11 +1,15 @@
 """Entropic optimal transport between the tokens of sentence pairs.
 
-For a pair with token vectors X (n x E) and Y (m x E), cost C (n x m) and uniform marginals a, b:
+For a pair with token vectors X (n x E) and Y (m x E), cost C (n x m) and marginals a, b that sum to 1:
 
     OT_eps(a, b) = min_{P 1 = a, P^T 1 = b} <P, C> + eps KL(P || a b^T)
 
 Its dual potentials f, g give the plan P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps) and, at convergence, the gradient
 d OT_eps / dC = P (envelope theorem): nothing of the iterations enters the autograd graph.
+
+Unbalanced, the marginals are met softly: + tau KL(P 1 || a) + tau KL(P^T 1 || b) replaces the constraints (Chizat et
+al. 2018, arXiv 1607.05816); tau → infinity is the balanced problem. Debiased, the value is the Sinkhorn divergence
+OT_eps(a, b) - OT_eps(a, a) / 2 - OT_eps(b, b) / 2 (Feydy et al. 2019, arXiv 1810.08278).
 """
 
 from dataclasses import dataclass
@@ -33,9 +37,8 @@ class TransportResult:
         source_potential, target_potential: B x n and B x m, f and g in units of the cost; 0 outside the masks.
         iterations: B, sweeps until convergence (0 for the closed forms).
         marginal_error: B, ||P 1 - a||_1 + ||P^T 1 - b||_1.
-        converged: B, whether the error came below the tolerance.
-        plan_entropy: B, mean entropy in nats of the plan's rows as distributions over the target tokens; its
-            exponential is the number of target tokens a source token is linked to.
+        converged: B, whether the error came below the tolerance (of the self terms too, where the value is debiased).
+        plan_entropy: B, mean entropy in nats of the plan's rows as distributions over the target tokens.
         epsilon: B, the absolute epsilon that was used.
         plan: B x n x m where it was asked for, else None.
     """
@@ -49,6 +52,11 @@ class TransportResult:
     plan_entropy: torch.Tensor
     epsilon: torch.Tensor
     plan: torch.Tensor | None = None
+
+    @property
+    def effective_links(self) -> torch.Tensor:
+        """B, the number of target tokens a source token is linked to: the perplexity of the plan's rows."""
+        return self.plan_entropy.exp()
 
 
 def pairwise_cost(source: torch.Tensor, target: torch.Tensor, cost: str = "cosine") -> torch.Tensor:
@@ -130,8 +138,12 @@ def sinkhorn(
     max_iter: int = 5000,
     tol: float = 1e-3,
     return_plan: bool = False,
+    source_marginal: torch.Tensor | None = None,
+    target_marginal: torch.Tensor | None = None,
+    tau: float | None = None,
+    symmetric: bool = False,
 ) -> TransportResult:
-    """Solve OT_eps for a batch of pairs with uniform marginals over the masks.
+    """Solve OT_eps for a batch of pairs.
 
     The iterations are the scaling form of Sinkhorn's algorithm: batched row-vector products with the kernel
     exp((f + g - C) / eps), whose potentials absorb the scalings in float64 whenever those grow (Schmitzer 2019,
@@ -147,54 +159,85 @@ def sinkhorn(
         max_iter: most sweeps for a pair.
         tol: L1 error of the marginals at which a pair has converged. Checked on plain, not over-relaxed, sweeps.
         return_plan: also return the plan, B x n x m.
+        source_marginal, target_marginal: B x n and B x m, each row summing to 1 over its mask; by default uniform.
+        tau: strength of the soft marginals, absolute, > 0; None for hard ones.
+        symmetric: source and target are the same tokens (cost symmetric with a zero diagonal): the averaged symmetric
+            fixed point of Feydy et al. (section 3.1) replaces the alternating updates.
 
     Raises:
-        ValueError: if epsilon is not positive and finite, or the cost has a NaN or an infinity at a valid entry.
+        ValueError: if epsilon or tau is not positive and finite, or the cost has a NaN or an infinity at a valid entry.
     """
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
         valid = _valid_entries(source_mask, target_mask)
         problem = torch.where(valid, cost.detach(), 0).to(torch.promote_types(cost.dtype, torch.float32))
         if not torch.isfinite(problem).all():
             raise ValueError("the cost has a NaN or an infinite entry: check the token states it was computed from")
-        epsilon = _epsilon_per_pair(epsilon, problem)
+        epsilon = _positive_per_pair("epsilon", epsilon, problem)
+        # tau / eps; without tau the exponent tau / (tau + eps) is 1.
+        softness = None if tau is None else _positive_per_pair("tau", tau, problem) / epsilon
         scaled = problem / epsilon.view(-1, 1, 1)
         # Padding costs more than every token: finite, so that no product meets an infinity.
         scaled = torch.where(valid, scaled, scaled.amax() - MIN_EXPONENT)
-        a, b = uniform_marginals(source_mask, scaled.dtype), uniform_marginals(target_mask, scaled.dtype)
+        a = _marginal(source_marginal, source_mask, scaled.dtype)
+        b = _marginal(target_marginal, target_mask, scaled.dtype)
         empty = ~valid.any(dim=(1, 2))
-        phi, gamma, iterations, converged = _solve(scaled, a, b, empty, max_iter, tol)
+        phi, gamma, iterations, converged = _solve(scaled, a, b, softness, symmetric, empty, max_iter, tol)
 
         plan = torch.exp((phi.unsqueeze(2) + gamma.unsqueeze(1) - scaled).to(scaled.dtype))
         plan = plan * a.unsqueeze(2) * b.unsqueeze(1)
-        row_error = (plan.sum(2) - a).abs().sum(1)
-        error = torch.where(empty, 0, row_error + (plan.sum(1) - b).abs().sum(1))
+        error = (plan.sum(2) - _soft_marginal(a, phi, softness)).abs().sum(1)
+        error = error + (plan.sum(1) - _soft_marginal(b, gamma, softness)).abs().sum(1)
         # The dual value is 4 to 70 times more accurate than <P, C> + eps KL at the same potentials.
-        mass_gap = torch.where(empty, 0, plan.sum(dim=(1, 2)) - 1)
-        value = torch.where(empty, 0, epsilon * ((a * phi).sum(1) + (b * gamma).sum(1) - mass_gap))
+        value = epsilon * (_dual_part(a, phi, softness) + _dual_part(b, gamma, softness) - plan.sum(dim=(1, 2)) + 1)
         source_potential = torch.where(source_mask.bool(), phi * epsilon.unsqueeze(1), 0).to(scaled.dtype)
         target_potential = torch.where(target_mask.bool(), gamma * epsilon.unsqueeze(1), 0).to(scaled.dtype)
     return TransportResult(
-        value=_PlanGradient.apply(cost, plan, value.to(plan.dtype)),
+        value=_PlanGradient.apply(cost, plan, torch.where(empty, 0, value).to(plan.dtype)),
         source_potential=source_potential,
         target_potential=target_potential,
         iterations=iterations,
-        marginal_error=error,
+        marginal_error=torch.where(empty, 0, error).to(plan.dtype),
         converged=converged,
-        plan_entropy=_row_entropy(plan, a),
+        plan_entropy=_row_entropy(plan),
         epsilon=epsilon,
         plan=plan if return_plan else None,
     )
 
 
-def _epsilon_per_pair(epsilon: float | torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
-    epsilon = torch.as_tensor(epsilon, dtype=cost.dtype, device=cost.device).detach().expand(cost.shape[0])
-    if not (torch.isfinite(epsilon) & (epsilon > 0)).all():
-        raise ValueError(f"epsilon must be positive and finite, got {epsilon.tolist()}")
-    return epsilon
+def _positive_per_pair(name: str, value: float | torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+    value = torch.as_tensor(value, dtype=cost.dtype, device=cost.device).detach().expand(cost.shape[0])
+    if not (torch.isfinite(value) & (value > 0)).all():
+        raise ValueError(f"{name} must be positive and finite, got {value.tolist()}")
+    return value
+
+
+def _marginal(marginal: torch.Tensor | None, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return uniform_marginals(mask, dtype) if marginal is None else marginal.detach().to(dtype) * mask.to(dtype)
+
+
+def _soft_marginal(marginal: torch.Tensor, potential: torch.Tensor, softness: torch.Tensor | None) -> torch.Tensor:
+    """What the plan's marginal is at the optimum: itself, or times exp(-f / tau) where it is met softly."""
+    if softness is None:
+        return marginal
+    return marginal * torch.exp(-potential / softness.unsqueeze(1))
+
+
+def _dual_part(marginal: torch.Tensor, potential: torch.Tensor, softness: torch.Tensor | None) -> torch.Tensor:
+    """One side's part of the dual value over epsilon: <a, f>, or tau <a, 1 - exp(-f / tau)>, shape B."""
+    if softness is None:
+        return (marginal * potential).sum(1)
+    return -softness * (marginal * torch.expm1(-potential / softness.unsqueeze(1))).sum(1)
 
 
 def _solve(
-    scaled: torch.Tensor, a: torch.Tensor, b: torch.Tensor, empty: torch.Tensor, max_iter: int, tol: float
+    scaled: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    softness: torch.Tensor | None,
+    symmetric: bool,
+    empty: torch.Tensor,
+    max_iter: int,
+    tol: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Potentials over epsilon (float64, B x n and B x m), sweeps and convergence flags for the cost over epsilon."""
     phi, gamma = _c_transforms(scaled, a, b)
@@ -204,7 +247,9 @@ def _solve(
     active = torch.nonzero(~empty).squeeze(1)
     if active.numel() == 0:
         return phi, gamma, iterations, converged
-    problem = _ScalingForm(scaled[active], a[active], b[active], phi[active], gamma[active])
+    form = _SymmetricForm if symmetric else _ScalingForm
+    problem = form(scaled, a, b, phi, gamma, softness)
+    problem.select(active)
     previous_error = None
     block = FIRST_BLOCK
     sweeps = 0
@@ -212,7 +257,7 @@ def _solve(
         block = min(block, max_iter - sweeps)
         problem.sweep(block)
         sweeps += block
-        error = problem.row_error()
+        error = problem.error()
         stretched = problem.largest_exponent() > ABSORB_EXPONENT
         # While the scalings are large, the kernel's floor carries mass that the plan does not have.
         done = (error <= tol) & ~stretched
@@ -252,10 +297,24 @@ class _ScalingForm:
     products on a CPU, hence K and its transpose.
     """
 
-    def __init__(self, scaled: torch.Tensor, a: torch.Tensor, b: torch.Tensor, phi: torch.Tensor, gamma: torch.Tensor):
-        self.scaled, self.phi, self.gamma = scaled, phi, gamma
+    def __init__(
+        self,
+        scaled: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        phi: torch.Tensor,
+        gamma: torch.Tensor,
+        softness: torch.Tensor | None,
+    ):
+        self.scaled, self.phi, self.gamma, self.softness = scaled, phi, gamma, softness
         self.a, self.b = a.unsqueeze(1), b.unsqueeze(1)
         self.relaxation = scaled.new_ones(scaled.shape[0], 1, 1)
+
+    def select(self, index: torch.Tensor) -> None:
+        """Keep these pairs only; the potentials must have absorbed the scalings before."""
+        self.scaled, self.phi, self.gamma = self.scaled[index], self.phi[index], self.gamma[index]
+        self.a, self.b, self.relaxation = self.a[index], self.b[index], self.relaxation[index]
+        self.softness = None if self.softness is None else self.softness[index]
         self.build_kernel()
 
     def build_kernel(self) -> None:
@@ -265,23 +324,43 @@ class _ScalingForm:
         self.transposed = self.kernel.transpose(1, 2).contiguous()
         self.row, self.column = torch.ones_like(self.a), torch.ones_like(self.b)
 
-    def _relaxed(self, scaling: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
-        """scaling^(1 - w) · (1 / product)^w, in logarithms and bounded."""
+    def updated(self, product: torch.Tensor, potential: torch.Tensor) -> torch.Tensor:
+        """Logarithm of the plain update of a scaling from its kernel product.
+
+        Hard marginals: -log product. Soft ones: the whole potential, absorbed part included, shrinks by
+        tau / (tau + eps).
+        """
+        logarithm = -product.log()
+        if self.softness is None:
+            return logarithm
+        exponent = (self.softness / (self.softness + 1)).view(-1, 1, 1)
+        return exponent * logarithm + ((exponent - 1) * potential.unsqueeze(1)).to(logarithm.dtype)
+
+    def relaxed(self, scaling: torch.Tensor, product: torch.Tensor, potential: torch.Tensor) -> torch.Tensor:
+        """scaling^(1 - w) · update^w, in logarithms and bounded."""
         logarithm = scaling.log()
-        logarithm = logarithm - self.relaxation * (logarithm + product.log())
+        logarithm = logarithm + self.relaxation * (self.updated(product, potential) - logarithm)
         return logarithm.exp_().clamp_(1 / MAX_SCALING, MAX_SCALING)
+
+    def plain(self, product: torch.Tensor, potential: torch.Tensor) -> torch.Tensor:
+        if self.softness is None:
+            return product.reciprocal().clamp_(1 / MAX_SCALING, MAX_SCALING)
+        return self.updated(product, potential).exp_().clamp_(1 / MAX_SCALING, MAX_SCALING)
 
     def sweep(self, count: int) -> None:
         """`count` updates of both scalings, the last one plain so that the columns are met exactly."""
         for _ in range(count - 1):
-            self.row = self._relaxed(self.row, (self.b * self.column) @ self.transposed)
-            self.column = self._relaxed(self.column, (self.a * self.row) @ self.kernel)
-        self.row = ((self.b * self.column) @ self.transposed).reciprocal().clamp_(1 / MAX_SCALING, MAX_SCALING)
-        self.column = ((self.a * self.row) @ self.kernel).reciprocal().clamp_(1 / MAX_SCALING, MAX_SCALING)
+            self.row = self.relaxed(self.row, (self.b * self.column) @ self.transposed, self.phi)
+            self.column = self.relaxed(self.column, (self.a * self.row) @ self.kernel, self.gamma)
+        self.row = self.plain((self.b * self.column) @ self.transposed, self.phi)
+        self.column = self.plain((self.a * self.row) @ self.kernel, self.gamma)
 
-    def row_error(self) -> torch.Tensor:
+    def error(self) -> torch.Tensor:
         """L1 error of the rows' marginals; after a plain sweep the columns have none."""
-        return (self.a * (self.row * ((self.b * self.column) @ self.transposed) - 1)).abs().sum(dim=(1, 2))
+        potential = self.phi + self.row.squeeze(1).log()
+        wanted = _soft_marginal(self.a.squeeze(1), potential, self.softness)
+        found = (self.a * self.row * ((self.b * self.column) @ self.transposed)).squeeze(1)
+        return (found - wanted).abs().sum(1).to(self.scaled.dtype)
 
     def absorb(self) -> None:
         """Move the scalings into the potentials, in float64: float32 ones have a floor of |C/eps| · 6e-8."""
@@ -293,12 +372,6 @@ class _ScalingForm:
         """Per pair, the largest absolute logarithm of its scalings."""
         row = torch.where(self.a > 0, self.row.log(), 0).abs().amax(dim=(1, 2))
         return torch.maximum(row, torch.where(self.b > 0, self.column.log(), 0).abs().amax(dim=(1, 2)))
-
-    def select(self, index: torch.Tensor) -> None:
-        """Keep these pairs only; the potentials must have absorbed the scalings before."""
-        self.scaled, self.phi, self.gamma = self.scaled[index], self.phi[index], self.gamma[index]
-        self.a, self.b, self.relaxation = self.a[index], self.b[index], self.relaxation[index]
-        self.build_kernel()
 
     def adapt_relaxation(self, error: torch.Tensor, previous: torch.Tensor | None, sweeps: int) -> None:
         """Fit the relaxation factor of each pair to the contraction seen over the last block.
@@ -313,6 +386,30 @@ class _ScalingForm:
         plain = self.relaxation == 1
         grows = (contraction >= 1).view(-1, 1, 1)
         self.relaxation = torch.where(grows, 1, torch.where(plain, best, self.relaxation)).to(error.dtype)
+
+
+class _SymmetricForm(_ScalingForm):
+    """Sweeps for a sentence against itself: one scaling, averaged with its update, serves both sides."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        # The cost has a zero diagonal: zero potentials are feasible and meet it there.
+        self.phi, self.gamma = torch.zeros_like(self.phi), torch.zeros_like(self.gamma)
+
+    def sweep(self, count: int) -> None:
+        """`count` averaged updates."""
+        for _ in range(count):
+            logarithm = self.row.log()
+            update = self.updated((self.b * self.row) @ self.kernel, self.phi)
+            self.row = ((logarithm + update) / 2).exp_().clamp_(1 / MAX_SCALING, MAX_SCALING)
+        self.column = self.row
+
+    def error(self) -> torch.Tensor:
+        """L1 error of both marginals, which are the same."""
+        return 2 * super().error()
+
+    def adapt_relaxation(self, error: torch.Tensor, previous: torch.Tensor | None, sweeps: int) -> None:
+        """Nothing to fit: the averaging is the relaxation."""
 
 
 class _PlanGradient(torch.autograd.Function):
@@ -331,20 +428,35 @@ class _PlanGradient(torch.autograd.Function):
         return (grad.view(-1, 1, 1) * plan).to(ctx.cost_dtype), None, None
 
 
-def _row_entropy(plan: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """Mean over source tokens of the entropy (nats) of their rows: H(P) - H(a), shape B."""
-    return torch.special.entr(plan).sum(dim=(1, 2)) - torch.special.entr(a).sum(1)
+def _row_entropy(plan: torch.Tensor) -> torch.Tensor:
+    """Mean, by the mass they carry, of the entropy (nats) of the plan's rows: H(P) - H(P 1) over the mass, shape B."""
+    mass = plan.sum(dim=(1, 2)).clamp(min=torch.finfo(plan.dtype).tiny)
+    return (torch.special.entr(plan).sum(dim=(1, 2)) - torch.special.entr(plan.sum(2)).sum(1)) / mass
 
 
-def product_plan(cost: torch.Tensor, source_mask: torch.Tensor, target_mask: torch.Tensor) -> TransportResult:
+def product_plan(
+    cost: torch.Tensor,
+    source_mask: torch.Tensor,
+    target_mask: torch.Tensor,
+    source_marginal: torch.Tensor | None = None,
+    target_marginal: torch.Tensor | None = None,
+) -> TransportResult:
     """The limit epsilon → infinity: P = a b^T, value <P, C>. Arguments and result as for `sinkhorn`."""
     dtype = torch.promote_types(cost.dtype, torch.float32)
-    a, b = uniform_marginals(source_mask, dtype), uniform_marginals(target_mask, dtype)
+    a, b = _marginal(source_marginal, source_mask, dtype), _marginal(target_marginal, target_mask, dtype)
     return _closed_form(cost, a.unsqueeze(2) * b.unsqueeze(1), a, b, epsilon=torch.inf)
 
 
-def exact_plan(cost: torch.Tensor, source_mask: torch.Tensor, target_mask: torch.Tensor) -> TransportResult:
+def exact_plan(
+    cost: torch.Tensor,
+    source_mask: torch.Tensor,
+    target_mask: torch.Tensor,
+    source_marginal: torch.Tensor | None = None,
+    target_marginal: torch.Tensor | None = None,
+) -> TransportResult:
     """The limit epsilon → 0: the exact plan of each pair by POT's network simplex, on the CPU in float64.
+
+    Arguments and result as for `sinkhorn`.
 
     Raises:
         ImportError: without POT.
@@ -354,14 +466,16 @@ def exact_plan(cost: torch.Tensor, source_mask: torch.Tensor, target_mask: torch
     except ImportError as error:
         raise ImportError('ot_solver="exact" needs the package POT: pip install POT') from error
     dtype = torch.promote_types(cost.dtype, torch.float32)
-    a, b = uniform_marginals(source_mask, dtype), uniform_marginals(target_mask, dtype)
+    a, b = _marginal(source_marginal, source_mask, dtype), _marginal(target_marginal, target_mask, dtype)
     plan = torch.zeros_like(cost, dtype=dtype)
     for index in range(cost.shape[0]):
         rows, columns = source_mask[index].nonzero().squeeze(1), target_mask[index].nonzero().squeeze(1)
         if rows.numel() and columns.numel():
-            block = cost[index].detach()[rows][:, columns].double().cpu().numpy()
-            solved = torch.as_tensor(ot.emd([], [], block), dtype=dtype, device=cost.device)
-            plan[index, rows.unsqueeze(1), columns] = solved
+            problem = [cost[index].detach()[rows][:, columns], a[index, rows], b[index, columns]]
+            block, weights_a, weights_b = (tensor.double().cpu().numpy() for tensor in problem)
+            # The simplex wants equal masses to the last bit, which float32 marginals lose.
+            solved = ot.emd(weights_a / weights_a.sum(), weights_b / weights_b.sum(), block)
+            plan[index, rows.unsqueeze(1), columns] = torch.as_tensor(solved, dtype=dtype, device=cost.device)
     return _closed_form(cost, plan, a, b, epsilon=0.0)
 
 
@@ -378,7 +492,7 @@ def _closed_form(
         iterations=torch.zeros(pairs, dtype=torch.long, device=cost.device),
         marginal_error=torch.zeros_like(value),
         converged=torch.ones(pairs, dtype=torch.bool, device=cost.device),
-        plan_entropy=_row_entropy(plan, a),
+        plan_entropy=_row_entropy(plan),
         epsilon=torch.full_like(value, epsilon),
         plan=plan,
     )
@@ -395,26 +509,73 @@ def alignment_loss(
     solver: str = "sinkhorn",
     max_iter: int = 5000,
     tol: float = 1e-3,
+    source_marginal: torch.Tensor | None = None,
+    target_marginal: torch.Tensor | None = None,
+    tau: float | None = None,
+    debiased: bool = False,
+    center: bool = False,
 ) -> tuple[torch.Tensor, TransportResult]:
     """Mean transport value over the pairs of a batch that have tokens on both sides (method.md, section 2).
 
     Args:
         source_states, target_states: B x n x E and B x m x E token states.
         source_mask, target_mask: B x n and B x m, 1 on the tokens to align (no padding, no special tokens).
-        epsilon: in units of `epsilon_scale`.
+        epsilon, tau: in units of `epsilon_scale`; tau None for hard marginals.
         epsilon_scale, cost, solver, max_iter, tol: see `XLFAConfig`.
+        source_marginal, target_marginal: see `sinkhorn`; by default uniform.
+        debiased: subtract half of each side's value against itself: the Sinkhorn divergence.
+        center: subtract from each side's states their mean over the tokens of the batch first.
 
     Returns:
-        The loss (a scalar, 0 where no pair has tokens on both sides) and the solver's result.
+        The loss (a scalar, 0 where no pair has tokens on both sides) and the solver's result for the pairs; its `value`
+        is the divergence where `debiased`.
+
+    Raises:
+        ValueError: for a solver that does not go with `tau`, and as `sinkhorn`.
     """
+    if center:
+        source_states = _centred(source_states, source_mask)
+        target_states = _centred(target_states, target_mask)
     matrix = pairwise_cost(source_states, target_states, cost)
-    if solver == "product":
-        result = product_plan(matrix, source_mask, target_mask)
-    elif solver == "exact":
-        result = exact_plan(matrix, source_mask, target_mask)
-    else:
-        # Equal costs have no spread to measure epsilon in; every positive unit gives them the same product plan.
-        unit = cost_scale(matrix, source_mask, target_mask, epsilon_scale).clamp(min=1e-6)
-        result = sinkhorn(matrix, epsilon * unit, source_mask, target_mask, max_iter, tol)
-    pairs = _valid_entries(source_mask, target_mask).any(dim=(1, 2)).to(result.value.dtype)
-    return (result.value * pairs).sum() / pairs.sum().clamp(min=1), result
+    sides = [
+        (source_states, source_mask, _marginal(source_marginal, source_mask, matrix.dtype)),
+        (target_states, target_mask, _marginal(target_marginal, target_mask, matrix.dtype)),
+    ]
+    # Equal costs have no spread to measure epsilon in; every positive unit gives them the same product plan.
+    unit = cost_scale(matrix, source_mask, target_mask, epsilon_scale).clamp(min=1e-6)
+    if tau is not None and solver != "sinkhorn":
+        raise ValueError(f"solver={solver!r} has hard marginals only: leave tau out, or use solver='sinkhorn'")
+
+    def solve(matrix, first, second, symmetric=False):
+        (_, first_mask, first_marginal), (_, second_mask, second_marginal) = first, second
+        common = (matrix, first_mask, second_mask)
+        if solver != "sinkhorn":
+            closed_form = product_plan if solver == "product" else exact_plan
+            return closed_form(*common, first_marginal, second_marginal)
+        return sinkhorn(
+            matrix,
+            epsilon * unit,
+            first_mask,
+            second_mask,
+            max_iter=max_iter,
+            tol=tol,
+            source_marginal=first_marginal,
+            target_marginal=second_marginal,
+            tau=None if tau is None else tau * unit,
+            symmetric=symmetric,
+        )
+
+    result = solve(matrix, *sides)
+    pairs = _valid_entries(source_mask, target_mask).any(dim=(1, 2))
+    if debiased:
+        selves = [solve(pairwise_cost(side[0], side[0], cost), side, side, symmetric=True) for side in sides]
+        result.value = torch.where(pairs, result.value - (selves[0].value + selves[1].value) / 2, 0)
+        for term in selves:
+            result.converged = result.converged & (term.converged | ~pairs)
+    return result.value.sum() / pairs.sum().clamp(min=1), result
+
+
+def _centred(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    return states - (states * weights).sum(dim=(0, 1)) / weights.sum().clamp(min=1)

@@ -220,3 +220,33 @@ def test_half_precision_weights_keep_losses_in_float32(bert_config):
     model = XLFAForSequenceClassification(XLFAConfig(text_config=bert_config, ot_weight=1.0)).bfloat16().eval()
     output = model(**task_inputs(XLFAForSequenceClassification), **pair_inputs())
     assert output.task_loss.dtype == torch.float32 and output.ot_loss.dtype == torch.float32
+
+
+def test_idf_marginals_travel_with_the_model(bert_config, tmp_path):
+    model = XLFAModel(XLFAConfig(text_config=bert_config, ot_marginals="idf")).eval()
+    assert torch.equal(model.ot_idf, torch.ones(99))
+    uniform = model(**pair_inputs()).ot_loss
+    model.ot_idf.copy_(torch.rand(99) + 0.1)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded.ot_idf, model.ot_idf)
+    assert torch.equal(loaded(**pair_inputs()).ot_loss, model(**pair_inputs()).ot_loss)
+    assert not torch.equal(loaded(**pair_inputs()).ot_loss, uniform)
+
+
+def test_norm_marginals_are_the_norms_of_the_states(bert_config):
+    model = XLFAModel(XLFAConfig(text_config=bert_config, ot_marginals="norm", ot_solver="product", ot_layer=0)).eval()
+    states, mask = torch.randn(2, 4, 32), torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    norms = states.norm(dim=-1) * mask
+    found = model._marginals(mask, states, mask)
+    torch.testing.assert_close(found, norms / norms.sum(1, keepdim=True))
+
+
+def test_epsilon_decays_from_its_start_to_its_final_value(bert_config):
+    model = XLFAModel(XLFAConfig(text_config=bert_config, ot_epsilon=0.01, ot_epsilon_start=1.0))
+    assert model.ot_epsilon_now == pytest.approx(0.01)
+    model.ot_progress = 0.0
+    assert model.ot_epsilon_now == pytest.approx(1.0)
+    model.ot_progress = 0.5
+    assert model.ot_epsilon_now == pytest.approx(0.1)
+    assert model.config.ot_epsilon == 0.01

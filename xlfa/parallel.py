@@ -115,6 +115,13 @@ class PairSampler:
             pairs[language] = fitting
         return cls(pairs, tokenizer, seed)
 
+    def inverse_document_frequencies(self, vocab_size: int) -> torch.Tensor:
+        """log((1 + N) / (1 + df)) + 1 of every piece over the N sentences of both sides, shape (vocab_size,)."""
+        sentences = [ids for pairs in self.pairs.values() for pair in pairs for ids in pair]
+        occurring = np.concatenate([np.unique(ids) for ids in sentences])
+        frequencies = np.bincount(occurring, minlength=vocab_size)
+        return torch.from_numpy(np.log((1 + len(sentences)) / (1 + frequencies)) + 1).float()
+
     def draw(self, step: int, first: int, count: int) -> list[tuple[list[int], list[int]]]:
         """Pairs `first` to `first + count` of the step's draw."""
         generator = np.random.Generator(np.random.Philox(key=[self.seed, step]))

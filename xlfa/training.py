@@ -70,6 +70,8 @@ class XLFATrainer(Trainer):
         """
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.pair_sampler is not None:
+            encoder = self.accelerator.unwrap_model(self.model).base_model
+            encoder.ot_progress = self.state.global_step / max(1, self.state.max_steps - 1)
             processes, rank = self.accelerator.num_processes, self.accelerator.process_index
             for index, batch in enumerate(batches):
                 size = len(batch["input_ids"])
@@ -179,6 +181,13 @@ def train(
     features = task.training_features(rows, tokenizer, data_args.max_length, data_args.doc_stride)
     logger.info("%d training examples, %d inputs; %d for validation", len(rows), len(features), len(validation_rows))
 
+    pair_sampler = None
+    if aligned:
+        pair_seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+        pair_sampler = PairSampler.from_texts(pair_texts, tokenizer, data_args.parallel_max_length, pair_seed)
+        if model.config.ot_marginals == "idf":
+            model.base_model.ot_idf.copy_(pair_sampler.inverse_document_frequencies(len(model.base_model.ot_idf)))
+
     trainer = XLFATrainer(
         model=model,
         args=training_args,
@@ -186,11 +195,7 @@ def train(
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         task=task,
-        pair_sampler=PairSampler.from_texts(
-            pair_texts, tokenizer, data_args.parallel_max_length, training_args.data_seed or training_args.seed
-        )
-        if aligned
-        else None,
+        pair_sampler=pair_sampler,
         validation_rows=validation_rows,
         max_length=data_args.max_length,
         doc_stride=data_args.doc_stride,
