@@ -1,8 +1,13 @@
 """Configuration of XLFA models."""
 
+import copy
 import math
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 SCHEMA_VERSION = 1
 
@@ -79,6 +84,8 @@ class XLFAConfig(PretrainedConfig):
             Dropout in front of the head; by default the encoder's hidden dropout, or 0.1.
         classifier_pooling (`str`, defaults to `"cls"`):
             Sentence vector for sequence classification: the first token's state, or the mean over tokens.
+        input_length, input_stride (`int`, *optional*):
+            Longest input in tokens and overlap of windows in training: what scoring takes by default.
 
     Raises:
         ValueError: if a field has a value that is not allowed; the message names field, value and what is allowed.
@@ -129,13 +136,22 @@ class XLFAConfig(PretrainedConfig):
         ot_tol=1e-3,
         classifier_dropout=None,
         classifier_pooling="cls",
+        input_length=None,
+        input_stride=None,
         schema_version=SCHEMA_VERSION,
         **kwargs,
     ):
         if text_config is None:
             text_config = AutoConfig.for_model("xlm-roberta")
         elif isinstance(text_config, dict):
+            if "model_type" not in text_config:
+                raise ValueError("text_config: the dictionary has no 'model_type', such as 'xlm-roberta'")
             text_config = AutoConfig.for_model(**text_config)
+        else:
+            text_config = copy.deepcopy(text_config)
+        unknown = [name for name in kwargs if name.startswith(("fusion", "ot_", "classifier_"))]
+        if unknown:
+            raise ValueError(f"unknown field {unknown[0]!r}: XLFAConfig has none of that name")
         # The name is a path on the machine that trained the model; it must not travel into a published config.
         text_config._name_or_path = ""
         self.text_config = text_config
@@ -168,6 +184,8 @@ class XLFAConfig(PretrainedConfig):
         self.ot_tol = ot_tol
         self.classifier_dropout = classifier_dropout
         self.classifier_pooling = classifier_pooling
+        self.input_length = input_length
+        self.input_stride = input_stride
         self.schema_version = schema_version
 
         kwargs.setdefault("pad_token_id", getattr(text_config, "pad_token_id", None))
@@ -190,8 +208,10 @@ class XLFAConfig(PretrainedConfig):
 
         Models call this again when they are built: `from_pretrained(…, ot_epsilon=…)` sets fields after `__init__`.
         """
-        if getattr(self.text_config, "is_encoder_decoder", False) or getattr(self.text_config, "is_decoder", False):
-            raise ValueError(f"text_config: {self.text_config.model_type!r} is not an encoder-only model")
+        encoder = self.text_config.model_type
+        causal = encoder in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and encoder not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        if causal or self.text_config.is_encoder_decoder or getattr(self.text_config, "is_decoder", False):
+            raise ValueError(f"text_config: {encoder!r} is not an encoder-only model")
         for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
                 self._reject(field, f"one of {', '.join(map(repr, allowed))}")
@@ -224,6 +244,10 @@ class XLFAConfig(PretrainedConfig):
 
         if not (_is_finite(self.classifier_dropout) and 0 <= self.classifier_dropout < 1):
             self._reject("classifier_dropout", "a number in [0, 1)")
+        for field in ("input_length", "input_stride"):
+            value = getattr(self, field)
+            if value is not None and not (_is_int(value) and value >= 0):
+                self._reject(field, "None or an integer >= 0")
         if not (_is_int(self.schema_version) and 1 <= self.schema_version <= SCHEMA_VERSION):
             self._reject("schema_version", f"1..{SCHEMA_VERSION}; a newer checkpoint needs a newer version of xlfa")
 

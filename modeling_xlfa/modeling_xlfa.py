@@ -126,7 +126,10 @@ class XLFAPreTrainedModel(PreTrainedModel):
             if not hasattr(text_config, field):
                 raise ValueError(f"encoder_config: the {text_config.model_type} config has no field {field!r}")
             setattr(text_config, field, value)
-        text_config._attn_implementation = attn_implementation
+        # The encoder is trained in float32 with the fusion and the head, whatever type its weights were published in.
+        text_config.dtype = torch.float32
+        if attn_implementation is not None:
+            config_fields["attn_implementation"] = attn_implementation
         model = cls(XLFAConfig(text_config=text_config, **config_fields))
         model.base_model.encoder.load_state_dict(load_encoder(name_or_path, text_config).state_dict())
         return model
@@ -204,6 +207,10 @@ class XLFAModel(XLFAPreTrainedModel):
                 default none are special.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         output = XLFAModelOutput()
         if input_ids is not None or inputs_embeds is not None:
             optional = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
@@ -217,7 +224,7 @@ class XLFAModel(XLFAPreTrainedModel):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 output_attentions=output_attentions,
-                output_hidden_states=bool(output_hidden_states) or self.fusion is not None,
+                output_hidden_states=output_hidden_states or self.fusion is not None,
                 return_dict=True,
                 **{name: value for name, value in optional.items() if value is not None},
             )
@@ -229,7 +236,7 @@ class XLFAModel(XLFAPreTrainedModel):
                 _Sentences(source_input_ids, source_attention_mask, source_special_tokens_mask),
                 _Sentences(target_input_ids, target_attention_mask, target_special_tokens_mask),
             )
-            output.ot_statistics = transport_statistics(result)
+            output.ot_statistics = transport_statistics(result, self.config.ot_solver)
         elif (source_input_ids is None) != (target_input_ids is None):
             raise ValueError("alignment needs both source_input_ids and target_input_ids; one of them is missing")
         return output if return_dict else output.to_tuple()
@@ -371,11 +378,11 @@ class XLFAForQuestionAnswering(XLFAPreTrainedModel):
         if encoded.last_hidden_state is not None:
             start_logits, end_logits = self.qa_outputs(self.dropout(encoded.last_hidden_state)).unbind(-1)
         if start_logits is not None and start_positions is not None and end_positions is not None:
-            # A position outside the window counts as none: it is set to the first index past the end and ignored.
+            # A position past the window's end counts as none: it is set to the first index there and ignored.
             past_end = start_logits.shape[1]
             criterion = CrossEntropyLoss(ignore_index=past_end)
-            start_loss = criterion(_at_least_float32(start_logits), start_positions.clamp(0, past_end))
-            end_loss = criterion(_at_least_float32(end_logits), end_positions.clamp(0, past_end))
+            start_loss = criterion(_at_least_float32(start_logits), start_positions.clamp(max=past_end))
+            end_loss = criterion(_at_least_float32(end_logits), end_positions.clamp(max=past_end))
             task_loss = (start_loss + end_loss) / 2
         output = XLFAQuestionAnsweringOutput(
             loss=self.combine_losses(task_loss, encoded.ot_loss),
@@ -478,9 +485,11 @@ class XLFAForTokenClassification(_XLFAClassifier):
         return states
 
 
-def transport_statistics(result: TransportResult) -> dict[str, torch.Tensor]:
-    """What training logs of a solve, one value a pair: plan entropy (nats), iterations, marginal error, absolute
-    epsilon and whether the pair did not converge."""
+def transport_statistics(result: TransportResult, solver: str) -> dict[str, torch.Tensor]:
+    """What training logs of a solve, one value a pair: plan entropy (nats) and, of Sinkhorn's iterations, their number,
+    the marginal error, the absolute epsilon and whether the pair did not converge."""
+    if solver != "sinkhorn":
+        return {"plan_entropy": result.plan_entropy.detach()}
     return {
         "plan_entropy": result.plan_entropy.detach(),
         "iterations": result.iterations,

@@ -40,7 +40,7 @@ class TransportResult:
         converged: B, whether the error came below the tolerance (of the self terms too, where the value is debiased).
         plan_entropy: B, mean entropy in nats of the plan's rows as distributions over the target tokens.
         epsilon: B, the absolute epsilon that was used.
-        plan: B x n x m where it was asked for, else None.
+        plan: B x n x m where it was asked for, else None; the closed forms always have it.
     """
 
     value: torch.Tensor
@@ -169,9 +169,7 @@ def sinkhorn(
     """
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
         valid = _valid_entries(source_mask, target_mask)
-        problem = torch.where(valid, cost.detach(), 0).to(torch.promote_types(cost.dtype, torch.float32))
-        if not torch.isfinite(problem).all():
-            raise ValueError("the cost has a NaN or an infinite entry: check the token states it was computed from")
+        problem = _finite_cost(cost, valid)
         epsilon = _positive_per_pair("epsilon", epsilon, problem)
         # tau / eps; without tau the exponent tau / (tau + eps) is 1.
         softness = None if tau is None else _positive_per_pair("tau", tau, problem) / epsilon
@@ -202,6 +200,18 @@ def sinkhorn(
         epsilon=epsilon,
         plan=plan if return_plan else None,
     )
+
+
+def _finite_cost(cost: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """The cost without gradient, float32 at least, 0 outside the masks.
+
+    Raises:
+        ValueError: for a NaN or an infinity at a valid entry.
+    """
+    cost = torch.where(valid, cost.detach(), 0).to(torch.promote_types(cost.dtype, torch.float32))
+    if not torch.isfinite(cost).all():
+        raise ValueError("the cost has a NaN or an infinite entry: check the token states it was computed from")
+    return cost
 
 
 def _positive_per_pair(name: str, value: float | torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
@@ -444,7 +454,8 @@ def product_plan(
     """The limit epsilon → infinity: P = a b^T, value <P, C>. Arguments and result as for `sinkhorn`."""
     dtype = torch.promote_types(cost.dtype, torch.float32)
     a, b = _marginal(source_marginal, source_mask, dtype), _marginal(target_marginal, target_mask, dtype)
-    return _closed_form(cost, a.unsqueeze(2) * b.unsqueeze(1), a, b, epsilon=torch.inf)
+    problem = _finite_cost(cost, _valid_entries(source_mask, target_mask))
+    return _closed_form(cost, problem, a.unsqueeze(2) * b.unsqueeze(1), a, b, epsilon=torch.inf)
 
 
 def exact_plan(
@@ -467,24 +478,25 @@ def exact_plan(
         raise ImportError('ot_solver="exact" needs the package POT: pip install POT') from error
     dtype = torch.promote_types(cost.dtype, torch.float32)
     a, b = _marginal(source_marginal, source_mask, dtype), _marginal(target_marginal, target_mask, dtype)
-    plan = torch.zeros_like(cost, dtype=dtype)
+    problems = _finite_cost(cost, _valid_entries(source_mask, target_mask))
+    plan = torch.zeros_like(problems)
     for index in range(cost.shape[0]):
         rows, columns = source_mask[index].nonzero().squeeze(1), target_mask[index].nonzero().squeeze(1)
         if rows.numel() and columns.numel():
-            problem = [cost[index].detach()[rows][:, columns], a[index, rows], b[index, columns]]
+            problem = [problems[index][rows][:, columns], a[index, rows], b[index, columns]]
             block, weights_a, weights_b = (tensor.double().cpu().numpy() for tensor in problem)
             # The simplex wants equal masses to the last bit, which float32 marginals lose.
             solved = ot.emd(weights_a / weights_a.sum(), weights_b / weights_b.sum(), block)
             plan[index, rows.unsqueeze(1), columns] = torch.as_tensor(solved, dtype=dtype, device=cost.device)
-    return _closed_form(cost, plan, a, b, epsilon=0.0)
+    return _closed_form(cost, problems, plan, a, b, epsilon=0.0)
 
 
 def _closed_form(
-    cost: torch.Tensor, plan: torch.Tensor, a: torch.Tensor, b: torch.Tensor, epsilon: float
+    cost: torch.Tensor, problem: torch.Tensor, plan: torch.Tensor, a: torch.Tensor, b: torch.Tensor, epsilon: float
 ) -> TransportResult:
-    """A result from a plan that needed no sweeps; its potentials are not computed (zeros)."""
+    """A result from a plan that needed no sweeps, for the cost `problem`; its potentials are not computed (zeros)."""
     pairs = cost.shape[0]
-    value = torch.where(plan > 0, plan * cost.detach(), 0).sum(dim=(1, 2))
+    value = (plan * problem).sum(dim=(1, 2))
     return TransportResult(
         value=_PlanGradient.apply(cost, plan, value),
         source_potential=torch.zeros_like(a),
@@ -531,7 +543,7 @@ def alignment_loss(
         is the divergence where `debiased`.
 
     Raises:
-        ValueError: for a solver that does not go with `tau`, and as `sinkhorn`.
+        ValueError: for an unknown solver or one that does not go with `tau`, and as `sinkhorn`.
     """
     if center:
         source_states = _centred(source_states, source_mask)
@@ -541,8 +553,10 @@ def alignment_loss(
         (source_states, source_mask, _marginal(source_marginal, source_mask, matrix.dtype)),
         (target_states, target_mask, _marginal(target_marginal, target_mask, matrix.dtype)),
     ]
-    # Equal costs have no spread to measure epsilon in; every positive unit gives them the same product plan.
+    # Equal costs have no spread to measure epsilon in. The floor is above their rounding only.
     unit = cost_scale(matrix, source_mask, target_mask, epsilon_scale).clamp(min=1e-6)
+    if solver not in ("sinkhorn", "exact", "product"):
+        raise ValueError(f"solver={solver!r} is not allowed: it must be 'sinkhorn', 'exact' or 'product'")
     if tau is not None and solver != "sinkhorn":
         raise ValueError(f"solver={solver!r} has hard marginals only: leave tau out, or use solver='sinkhorn'")
 

@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from conftest import REPOSITORY
 
 import xlfa
-from conftest import REPOSITORY
 from xlfa.cli import main
 
 

@@ -72,9 +72,23 @@ def test_one_layer_cannot_be_fused(bert_config):
         XLFAConfig(text_config=bert_config)
 
 
-def test_a_decoder_is_refused():
+@pytest.mark.parametrize("model_type", ["t5", "gpt2", "llama"])
+def test_a_decoder_is_refused(model_type):
     with pytest.raises(ValueError, match="not an encoder-only model"):
-        XLFAConfig(text_config=AutoConfig.for_model("t5"))
+        XLFAConfig(text_config=AutoConfig.for_model(model_type))
+
+
+def test_a_misspelt_field_and_a_nameless_encoder_are_refused(bert_config):
+    with pytest.raises(ValueError, match="unknown field 'ot_epsilom'"):
+        XLFAConfig(text_config=bert_config, ot_epsilom=0.2)
+    with pytest.raises(ValueError, match="no 'model_type'"):
+        XLFAConfig(text_config={"hidden_size": 32})
+
+
+def test_the_config_that_is_given_stays_as_it_is(bert_config):
+    bert_config._name_or_path = "somewhere"
+    XLFAConfig(text_config=bert_config)
+    assert bert_config._name_or_path == "somewhere"
 
 
 def test_saved_config_holds_epsilon_and_the_whole_auto_map_and_no_path(bert_config, tmp_path):

@@ -22,7 +22,8 @@ def models(tiny_encoder, tmp_path_factory):
     for task, head, labels in (("xnli", XLFAForSequenceClassification, 3), ("xquad", XLFAForQuestionAnswering, 2)):
         torch.manual_seed(1)
         folders[task] = str(tmp_path_factory.mktemp(task))
-        head.from_encoder(tiny_encoder, num_labels=labels, ot_epsilon=0.3).save_pretrained(folders[task])
+        fields = {"num_labels": labels, "ot_epsilon": 0.3, "input_length": 160, "input_stride": 32}
+        head.from_encoder(tiny_encoder, **fields).save_pretrained(folders[task])
         AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folders[task])
     return folders
 
@@ -44,6 +45,7 @@ def test_every_language_is_scored_and_written_in_the_schema(models, tmp_path, ca
     scores = score(models, task, tmp_path)
     jsonschema.validate(scores, json.loads(SCORES_SCHEMA.read_text()))
     assert len(scores["languages"]) == languages and scores["examples"] == examples
+    assert (scores["settings"]["max_length"], scores["settings"]["doc_stride"]) == (160, 32)
     assert scores["model"]["ot_epsilon"] == 0.3 and scores["model"]["ot_epsilon_scale"] == "centered_std"
     for language in scores["languages"]:
         rows = read_predictions(tmp_path, language)
@@ -69,9 +71,13 @@ def test_order_and_batch_size_change_no_prediction(models):
     tokenizer = AutoTokenizer.from_pretrained(models["xquad"])
     rows = task.load_test("de", "sample").select(range(12))
     ids = task.example_ids(rows)
-    results = [predict(model, tokenizer, task, rows, ids, 160, 32, batch_size) for batch_size in (1, 7)]
+    results = [
+        predict(model, tokenizer, task, rows, ids, max_length=160, doc_stride=32, batch_size=batch_size)
+        for batch_size in (1, 7)
+    ]
     assert [row.id for row in results[0]] == ids
     assert [row.prediction for row in results[0]] == [row.prediction for row in results[1]]
+    assert [row.score for row in results[0]] == pytest.approx([row.score for row in results[1]], rel=1e-4)
     context = rows["context"]
     assert all(row.prediction in context[index] for index, row in enumerate(results[0]))
 

@@ -250,3 +250,29 @@ def test_epsilon_decays_from_its_start_to_its_final_value(bert_config):
     model.ot_progress = 0.5
     assert model.ot_epsilon_now == pytest.approx(0.1)
     assert model.config.ot_epsilon == 0.01
+
+
+def test_the_attention_asked_for_reaches_the_encoder(tiny_encoder):
+    for name in ("eager", "sdpa"):
+        model = XLFAForSequenceClassification.from_encoder(tiny_encoder, attn_implementation=name)
+        assert model.base_model.encoder.config._attn_implementation == name
+
+
+def test_an_encoder_published_in_bfloat16_trains_in_float32(tiny_encoder, tmp_path):
+    AutoModel.from_pretrained(tiny_encoder, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = XLFAForSequenceClassification.from_encoder(str(tmp_path))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    inputs = {name: value.clamp(max=40) for name, value in task_inputs().items()}
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
+def test_hidden_states_can_be_asked_for_in_the_config(bert_config, tmp_path):
+    XLFAModel(XLFAConfig(text_config=bert_config)).save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path, output_hidden_states=True)
+    assert len(model(**task_inputs()).hidden_states) == 5
+
+
+def test_the_closed_forms_log_no_epsilon(bert_config):
+    for solver in ("exact", "product"):
+        model = XLFAModel(XLFAConfig(text_config=bert_config, ot_solver=solver))
+        assert set(model(**pair_inputs()).ot_statistics) == {"plan_entropy"}

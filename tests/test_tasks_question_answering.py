@@ -177,7 +177,6 @@ def test_the_score_is_the_probability_of_start_and_end(tokenizer):
     assert (prediction.prediction, prediction.score) == ("ab", pytest.approx(share**2))
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the logits of padding count in the softmax of best_spans")
 def test_padding_changes_neither_span_nor_score(tokenizer):
     windows = TASK.scoring_windows(question_rows("short text", [("text", 6)]), tokenizer, MAX_LENGTH, STRIDE)
     outputs = logits_at(windows, [(5, 8)], peak=3.0)

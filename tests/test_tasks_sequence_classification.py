@@ -105,7 +105,6 @@ def test_a_label_outside_the_range_is_named_with_its_row(mirror_with_label, labe
             load()
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the validation split is not checked; -1 becomes 'contradiction'")
 def test_a_label_outside_the_range_is_refused_in_validation_too(mirror_with_label):
     with pytest.raises(XLFAError, match="row 2 has label -1"):
         TASK.load_validation(None, mirror_with_label(-1))

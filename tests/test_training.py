@@ -121,15 +121,49 @@ def test_a_run_folder_holds_model_code_tokenizer_and_settings_and_no_pickle(fini
     assert code | {"config.json", "model.safetensors", "tokenizer.json", RUN_FILE} <= names
     assert not any(name.endswith((".bin", ".pkl", ".pt", ".pth")) for name in names)
     run = json.loads((finished_run / RUN_FILE).read_text())
-    assert run["task"] == "xnli" and run["max_length"] == 128 and "eval_accuracy" in run["validation"]
+    assert run["task"] == "xnli" and "eval_accuracy" in run["validation"]
     config = json.loads((finished_run / "config.json").read_text())
     assert config["id2label"] == {"0": "entailment", "1": "neutral", "2": "contradiction"}
+    assert (config["input_length"], config["input_stride"]) == (128, 128)
 
 
 def test_question_answering_trains_on_windows(tiny_encoder, tmp_path):
     sizes = ["--max_length", "128", "--doc_stride", "32", "--max_steps", "1", "--save_strategy", "no"]
     train_on_sample(tiny_encoder, tmp_path / "qa", *sizes, task="xquad")
     assert "eval_f1" in json.loads((tmp_path / "qa" / RUN_FILE).read_text())["validation"]
+
+
+def test_a_run_resumed_in_its_second_epoch_sees_the_same_order(tiny_encoder, tmp_path):
+    """With length-grouped batches, whose order transformers draws from the global generator."""
+    flags = ["--train_sampling_strategy", "group_by_length", "--max_steps", "10", "--save_steps", "8"]
+    train_on_sample(tiny_encoder, tmp_path / "unbroken", *flags)
+    shutil.copytree(tmp_path / "unbroken" / "checkpoint-8", tmp_path / "resumed" / "checkpoint-8")
+    train_on_sample(tiny_encoder, tmp_path / "resumed", *flags, "--resume_from_checkpoint", "true")
+    expected, found = (load_file(tmp_path / run / "model.safetensors") for run in ("unbroken", "resumed"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_best_checkpoint_is_chosen_by_the_task_metric(tiny_encoder, tmp_path):
+    flags = ["--load_best_model_at_end", "true", "--eval_strategy", "steps", "--eval_steps", "3"]
+    train_on_sample(tiny_encoder, tmp_path / "run", *flags)
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["best_metric"] == max(entry.get("eval_accuracy", 0) for entry in state["log_history"])
+
+
+def test_a_finished_run_and_a_checkpoint_of_another_model_are_no_checkpoints(tiny_encoder, finished_run, tmp_path):
+    for checkpoint, flags, message in (
+        (finished_run, [], "it lacks optimizer.pt"),
+        (finished_run / "checkpoint-3", ["--fusion", "none"], "it was trained with fusion='dlfa', not 'none'"),
+    ):
+        with pytest.raises(XLFAError, match=message):
+            train_on_sample(tiny_encoder, tmp_path, "--resume_from_checkpoint", str(checkpoint), *flags)
+
+
+def test_idf_weights_come_from_the_parallel_text(tiny_encoder, tmp_path):
+    train_on_sample(tiny_encoder, tmp_path / "run", "--ot_marginals", "idf", "--max_steps", "1")
+    idf = load_file(tmp_path / "run" / "model.safetensors")["xlfa.ot_idf"]
+    # The letter e (id 8) is in nearly every sentence, the digit 9 in few.
+    assert idf.shape == (99,) and 1 < idf[8] < idf[39]
 
 
 def test_an_earlier_run_is_not_overwritten(tiny_encoder, finished_run):
@@ -141,6 +175,9 @@ def test_an_earlier_run_is_not_overwritten(tiny_encoder, finished_run):
     ("flags", "message"),
     [
         (["--model", "/nowhere/at/all"], "--model /nowhere/at/all"),
+        (["--model", "/nowhere/at/all", "--trim_vocab", "true"], "--model /nowhere/at/all"),
+        (["--metric_for_best_model", "bleu"], "--metric_for_best_model bleu"),
+        (["--attn_implementation", "bogus"], "bogus"),
         (["--model", "packaged:other"], "unknown packaged encoder 'other'"),
         (["--task", "squadron"], "squadron"),
         (["--data_root", "/nowhere"], "no data set 'facebook/xnli' under --data_root /nowhere"),

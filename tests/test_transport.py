@@ -298,3 +298,17 @@ def test_centring_makes_a_common_direction_harmless():
     plain, _ = alignment_loss(source, target, source_mask, target_mask, **options)
     moved, _ = alignment_loss(*shifted, source_mask, target_mask, **options)
     assert moved.item() == pytest.approx(plain.item(), rel=1e-3)
+
+
+def test_an_unknown_solver_is_an_error():
+    source, source_mask, target, target_mask = padded_batch([(4, 4)])
+    with pytest.raises(ValueError, match="solver='emd' is not allowed"):
+        alignment_loss(source, target, source_mask, target_mask, solver="emd")
+
+
+@pytest.mark.parametrize("solver", ["exact", "product"])
+def test_a_nan_is_an_error_in_the_closed_forms_too(solver):
+    source, source_mask, target, target_mask = padded_batch([(4, 4)])
+    source[0, 1, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        alignment_loss(source, target, source_mask, target_mask, solver=solver)

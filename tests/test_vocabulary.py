@@ -161,21 +161,18 @@ def test_byte_pair_encoding_is_refused(tmp_path):
         trim_vocabulary(folder, KEPT)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: do_lower_case falls back to BertTokenizer's default, true")
 def test_a_cased_wordpiece_tokenizer_stays_cased(tmp_path):
     tokenizer = BertTokenizer(tokenizer_object=wordpiece_backend(), do_lower_case=False)
     folder = save_encoder(tmp_path / "cased", tokenizer)
     assert pieces(trim_vocabulary(folder, KEPT), KEPT) == pieces(folder, KEPT)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the trimmed tokenizer is built without the names of its special tokens")
 def test_a_tokenizer_of_the_generic_class_keeps_its_special_tokens(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=wordpiece_backend(), **BERT_TOKENS)
     folder = save_encoder(tmp_path / "generic", tokenizer)
     assert AutoTokenizer.from_pretrained(trim_vocabulary(folder, KEPT)).special_tokens_map == BERT_TOKENS
 
 
-@pytest.mark.xfail(strict=True, reason="bug: only TemplateProcessing gets the new ids of the special tokens")
 @pytest.mark.parametrize("post_processor", [processors.BertProcessing, processors.RobertaProcessing])
 def test_every_post_processor_puts_in_the_new_ids_of_the_special_tokens(tmp_path, post_processor):
     backend = wordpiece_backend()
@@ -185,7 +182,6 @@ def test_every_post_processor_puts_in_the_new_ids_of_the_special_tokens(tmp_path
     assert pieces(trim_vocabulary(folder, KEPT), KEPT) == pieces(folder, KEPT)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the cached folder is named after the path of the encoder, not its weights")
 def test_a_folder_with_other_weights_is_not_mistaken_for_its_predecessor(unigram):
     trim_vocabulary(unigram, KEPT)
     save_encoder(Path(unigram), AutoTokenizer.from_pretrained(unigram), seed=1)

@@ -16,11 +16,11 @@ from xlfa.errors import XLFAError
 from xlfa.tasks import TASKS, get_task
 
 
-def _choice(name: str, help: str) -> Any:
+def choice(name: str, help: str) -> Any:
     return field(default=None, metadata={"help": help, "choices": list(CHOICES[name])})
 
 
-def _option(help: str, default: Any = None) -> Any:
+def option(help: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": help})
 
 
@@ -31,33 +31,33 @@ class ModelArguments:
     model: str = field(
         metadata={"help": "Encoder to start from: a Hub id, a folder, or packaged:multilingual-e5-small (from PyPI)."}
     )
-    fusion: str | None = _choice("fusion", "dlfa: fuse a lower layer with the last one; none: the plain last layer.")
-    fusion_layer: int | None = _option("Lower layer, 1..N-1; by default at two thirds of the depth.")
-    fusion_gate: str | None = _choice("fusion_gate", "literal: as published; sigmoid: a gate in (0, 1).")
-    fusion_reduction: int | None = _option("Bottleneck of the gate: hidden size / r channels (4).")
-    fusion_norm: str | None = _choice("fusion_norm", "Normalisation inside the gate; batch as published.")
-    fusion_layer_norm: bool | None = _option("A LayerNorm on each fused layer.")
-    ot_weight: float | None = _option("Weight of the optimal-transport term; 0 (default) switches it off.")
-    ot_epsilon: float | None = _option("Entropic regularisation in units of --ot_epsilon_scale (0.1).")
-    ot_solver: str | None = _choice("ot_solver", "sinkhorn, or a limit of epsilon: exact (0), product (infinity).")
-    ot_epsilon_scale: str | None = _choice("ot_epsilon_scale", "Unit of epsilon (centered_std).")
-    ot_cost: str | None = _choice("ot_cost", "Cost between token states (cosine).")
-    ot_layer: str | None = _option("States that are aligned: fused (default) or a layer index 0..N.")
-    ot_tau: float | None = _option("Strength of soft marginals in units of --ot_epsilon_scale; hard without it.")
-    ot_debiased: bool | None = _option("The Sinkhorn divergence instead of the plain transport value.")
-    ot_marginals: str | None = _choice("ot_marginals", "Weights of a sentence's tokens (uniform).")
-    ot_center: bool | None = _option("Subtract each side's mean state over the batch before the cost.")
-    ot_epsilon_start: float | None = _option("Epsilon at the start of training; decays to --ot_epsilon.")
-    ot_max_iter: int | None = _option("Most Sinkhorn sweeps for a pair (5000).")
-    ot_tol: float | None = _option("Marginal L1 error at which a pair has converged (0.001).")
-    classifier_dropout: float | None = _option("Dropout in front of the head.")
-    classifier_pooling: str | None = _choice("classifier_pooling", "Sentence vector for sequence classification.")
-    encoder_config: str | None = _option(
+    fusion: str | None = choice("fusion", "dlfa: fuse a lower layer with the last one; none: the plain last layer.")
+    fusion_layer: int | None = option("Lower layer, 1..N-1; by default at two thirds of the depth.")
+    fusion_gate: str | None = choice("fusion_gate", "literal: as published; sigmoid: a gate in (0, 1).")
+    fusion_reduction: int | None = option("Bottleneck of the gate: hidden size / r channels (4).")
+    fusion_norm: str | None = choice("fusion_norm", "Normalisation inside the gate; batch as published.")
+    fusion_layer_norm: bool | None = option("A LayerNorm on each fused layer.")
+    ot_weight: float | None = option("Weight of the optimal-transport term; 0 (default) switches it off.")
+    ot_epsilon: float | None = option("Entropic regularisation in units of --ot_epsilon_scale (0.1).")
+    ot_solver: str | None = choice("ot_solver", "sinkhorn, or a limit of epsilon: exact (0), product (infinity).")
+    ot_epsilon_scale: str | None = choice("ot_epsilon_scale", "Unit of epsilon (centered_std).")
+    ot_cost: str | None = choice("ot_cost", "Cost between token states (cosine).")
+    ot_layer: str | None = option("States that are aligned: fused (default) or a layer index 0..N.")
+    ot_tau: float | None = option("Strength of soft marginals in units of --ot_epsilon_scale; hard without it.")
+    ot_debiased: bool | None = option("The Sinkhorn divergence instead of the plain transport value.")
+    ot_marginals: str | None = choice("ot_marginals", "Weights of a sentence's tokens (uniform).")
+    ot_center: bool | None = option("Subtract each side's mean state over the batch before the cost.")
+    ot_epsilon_start: float | None = option("Epsilon at the start of training; decays to --ot_epsilon.")
+    ot_max_iter: int | None = option("Most Sinkhorn sweeps for a pair (5000).")
+    ot_tol: float | None = option("Marginal L1 error at which a pair has converged (0.001).")
+    classifier_dropout: float | None = option("Dropout in front of the head.")
+    classifier_pooling: str | None = choice("classifier_pooling", "Sentence vector for sequence classification.")
+    encoder_config: str | None = option(
         'Fields of the encoder\'s own config as JSON, such as {"attention_probs_dropout_prob": 0.0}.'
     )
-    attn_implementation: str | None = _option("Attention of the encoder: sdpa, eager, flash_attention_2, ….")
-    freeze_word_embeddings: bool = _option("Do not train the word embeddings.", False)
-    trim_vocab: bool = _option(
+    attn_implementation: str | None = option("Attention of the encoder: sdpa, eager, flash_attention_2, ….")
+    freeze_word_embeddings: bool = option("Do not train the word embeddings.", False)
+    trim_vocab: bool = option(
         "Keep only the vocabulary that the training, parallel and scored texts of the task need.", False
     )
 
@@ -77,31 +77,31 @@ class DataArguments:
     """What is trained on."""
 
     task: str = field(metadata={"help": "Task to train.", "choices": list(TASKS)})
-    data_root: str | None = _option(
+    data_root: str | None = option(
         "Folder with data sets as <org>/<name> instead of the Hub, or 'sample' for the embedded texts."
     )
-    train_dataset: str | None = _option("Training set instead of the task's own; same columns.")
-    max_train_examples: int | None = _option("Train on a seeded sample of that many examples.")
-    max_eval_examples: int | None = _option("Validate on a seeded sample of at most that many English examples.")
-    max_length: int | None = _option("Longest input in tokens, by default XTREME's.")
-    doc_stride: int | None = _option("Tokens that neighbouring windows of a context share (QA).")
-    parallel_dataset: str | None = _option("Data set with a `translation` column; needed where ot_weight > 0.")
-    parallel_languages: list[str] | None = _option("Languages of the parallel text, by default the task's.")
-    parallel_filter: list[str] | None = _option("column=value; only pairs for which all filters hold.")
-    parallel_pairs_per_language: int | None = _option("Use a seeded sample of that many pairs a language.")
-    parallel_max_length: int = _option("Pairs with a longer side, in tokens, are left out.", 128)
+    train_dataset: str | None = option("Training set instead of the task's own; same columns.")
+    max_train_examples: int | None = option("Train on a seeded sample of that many examples.")
+    max_eval_examples: int | None = option("Validate on a seeded sample of at most that many English examples.")
+    max_length: int | None = option("Longest input in tokens, by default XTREME's.")
+    doc_stride: int | None = option("Tokens that neighbouring windows of a context share (QA).")
+    parallel_dataset: str | None = option("Data set with a `translation` column; needed where ot_weight > 0.")
+    parallel_languages: list[str] | None = option("Languages of the parallel text, by default the task's.")
+    parallel_filter: list[str] | None = option("column=value; only pairs for which all filters hold.")
+    parallel_pairs_per_language: int | None = option("Use a seeded sample of that many pairs a language.")
+    parallel_max_length: int = option("Pairs with a longer side, in tokens, are left out.", 128)
 
 
 @dataclass
 class XLFATrainingArguments(TrainingArguments):
     """transformers' own arguments with other defaults: validation and a checkpoint after every epoch."""
 
-    eval_strategy: str = _option("When to score the English validation split: no, steps, epoch.", "epoch")
-    save_strategy: str = _option("When to save a checkpoint: no, steps, epoch, best.", "epoch")
-    save_total_limit: int | None = _option("Checkpoints that are kept.", 2)
-    per_device_eval_batch_size: int = _option("Batch size of the validation.", 32)
-    logging_steps: float = _option("Steps between two lines of the log.", 50)
-    report_to: None | str | list[str] = _option("Trackers, such as tensorboard or wandb.", "none")
+    eval_strategy: str = option("When to score the English validation split: no, steps, epoch.", "epoch")
+    save_strategy: str = option("When to save a checkpoint: no, steps, epoch, best.", "epoch")
+    save_total_limit: int | None = option("Checkpoints that are kept.", 2)
+    per_device_eval_batch_size: int = option("Batch size of the validation.", 32)
+    logging_steps: float = option("Steps between two lines of the log.", 50)
+    report_to: None | str | list[str] = option("Trackers, such as tensorboard or wandb.", "none")
 
     def __post_init__(self):
         # transformers refuses --bf16 on a machine without an accelerator unless it is told that there is none.
@@ -131,7 +131,9 @@ def parse_arguments(types: list[type], argv: list[str], program: str, descriptio
     if XLFATrainingArguments in types:
         argv = task_flags(argv) + argv
     try:
-        *instances, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        *instances, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
     except (ValueError, ImportError) as error:
         raise XLFAError(str(error)) from None
     if unknown:
@@ -172,4 +174,5 @@ def task_flags(argv: list[str]) -> list[str]:
         *("--num_train_epochs", str(defaults.epochs)),
         *("--max_length", str(defaults.max_length)),
         *("--doc_stride", str(defaults.doc_stride)),
+        *("--metric_for_best_model", get_task(name).metrics[0]),
     ]

@@ -10,6 +10,11 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from xlfa.errors import XLFAError
 
+
+class UnknownConfiguration(XLFAError):
+    """A data set that exists has no configuration of that name."""
+
+
 # `--data_root sample`: the embedded texts, for trying the tool out.
 SAMPLE = "sample"
 SAMPLE_ROOT = Path(__file__).parent / "sample_data"
@@ -64,8 +69,10 @@ def load_rows(
     except (ValueError, FileNotFoundError, DatasetGenerationError) as error:
         known = _config_names(location)
         if known is not None and config is not None and config not in known:
-            raise XLFAError(f"{dataset} has no configuration {config!r}; it has: {', '.join(known)}") from None
-        raise XLFAError(f"cannot load {place}: {error}") from None
+            raise UnknownConfiguration(
+                f"{dataset} has no configuration {config!r}; it has: {', '.join(known)}"
+            ) from None
+        raise XLFAError(f"cannot load {place}: {error.__cause__ or error}") from None
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
         raise XLFAError(f"{place} has no column {', '.join(missing)}; it has: {', '.join(rows.column_names)}")

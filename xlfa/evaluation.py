@@ -1,12 +1,12 @@
 """Scoring a trained model in every language of a task, zero-shot from English."""
 
-import json
 import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from accelerate import PartialState
 from datasets import Dataset
@@ -14,14 +14,13 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
-from xlfa.arguments import parse_arguments
+from xlfa.arguments import option, parse_arguments
 from xlfa.data import SAMPLE, sample_clusters
 from xlfa.environment import describe_threads
 from xlfa.errors import XLFAError, exit_with_message
 from xlfa.prediction import predict
 from xlfa.scores import Scores, build_scores, format_table, write_predictions, write_scores
 from xlfa.tasks import TASKS, Task, get_task
-from xlfa.training import RUN_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -34,26 +33,19 @@ class EvaluationArguments:
 
     model: str = field(metadata={"help": "Trained XLFA model: a folder or a Hub id."})
     task: str = field(metadata={"help": "Task to score.", "choices": list(TASKS)})
-    languages: list[str] | None = field(default=None, metadata={"help": "ISO 639-1 codes; by default all of the task."})
-    data_root: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder with data sets as <org>/<name> instead of the Hub, or 'sample' for the embedded texts."
-        },
+    languages: list[str] | None = option("ISO 639-1 codes; by default all of the task.")
+    data_root: str | None = option(
+        "Folder with data sets as <org>/<name> instead of the Hub, or 'sample' for the embedded texts."
     )
-    output_dir: str | None = field(default=None, metadata={"help": "Where to write; by default <model>/scores/<task>."})
-    max_examples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Score a seeded sample of whole premises or paragraphs, at most that many examples, the same "
-            "in every language."
-        },
+    output_dir: str | None = option("Where to write; by default <model>/scores/<task>.")
+    max_examples: int | None = option(
+        "Score a seeded sample of whole premises or paragraphs, at most that many examples, the same in every language."
     )
-    seed: int = field(default=0, metadata={"help": "Of that sample."})
-    batch_size: int = field(default=32, metadata={"help": "Inputs a batch."})
-    max_length: int | None = field(default=None, metadata={"help": "Longest input; by default as in training."})
-    doc_stride: int | None = field(default=None, metadata={"help": "Tokens shared by windows; as in training."})
-    bf16: bool = field(default=False, metadata={"help": "Matrix products in bfloat16."})
+    seed: int = option("Of that sample.", 0)
+    batch_size: int = option("Inputs a batch.", 32)
+    max_length: int | None = option("Longest input in tokens; by default as in training.")
+    doc_stride: int | None = option("Tokens that neighbouring windows share (QA); by default as in training.")
+    bf16: bool = option("Matrix products in bfloat16.", False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse_arguments(
         [EvaluationArguments], sys.argv[1:] if argv is None else argv, "eval_xlfa.py", DESCRIPTION
     )
-    state = PartialState(cpu=not transformers.utils.is_torch_cuda_available())
+    state = PartialState(cpu=not torch.accelerator.is_available())
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     scores = evaluate_model(arguments)
@@ -82,9 +74,8 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
     model, tokenizer = load_model(task, arguments.model)
     state = PartialState()
     model.to(state.device)
-    run = read_run_file(arguments.model, task)
-    max_length = arguments.max_length or run.get("max_length", task.defaults.max_length)
-    doc_stride = arguments.doc_stride or run.get("doc_stride", task.defaults.doc_stride)
+    max_length = first_given(arguments.max_length, model.config.input_length, task.defaults.max_length)
+    doc_stride = first_given(arguments.doc_stride, model.config.input_stride, task.defaults.doc_stride)
 
     ids = chosen_ids(task, arguments)
     by_language: dict[str, Scores] = {}
@@ -96,9 +87,9 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
             task,
             rows,
             ids,
-            max_length,
-            doc_stride,
-            arguments.batch_size,
+            max_length=max_length,
+            doc_stride=doc_stride,
+            batch_size=arguments.batch_size,
             bf16=arguments.bf16,
             description=language,
         )
@@ -122,6 +113,11 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
     return scores
 
 
+def first_given(*values: int | None) -> int:
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)
+
+
 def output_folder(arguments: EvaluationArguments) -> Path:
     """`--output_dir`; else `scores/<task>` in the model's folder, or for a Hub id in a folder of its name here."""
     if arguments.output_dir is not None:
@@ -141,7 +137,7 @@ def load_model(task: Task, name_or_path: str) -> tuple[XLFAPreTrainedModel, PreT
         raise XLFAError(f"--model {name_or_path}: the folder holds no trained model (it has no config.json)")
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise XLFAError(f"--model {name_or_path}: no model there ({error})") from None
     if config.model_type != "xlfa":
         raise XLFAError(f"--model {name_or_path}: a {config.model_type!r} model, not an XLFA one: train it first")
@@ -157,15 +153,6 @@ def load_model(task: Task, name_or_path: str) -> tuple[XLFAPreTrainedModel, PreT
         )
     except (OSError, ValueError) as error:
         raise XLFAError(f"--model {name_or_path}: cannot load it ({error})") from None
-
-
-def read_run_file(name_or_path: str, task: Task) -> dict[str, Any]:
-    """`run.json` of a run folder that was trained on this task; empty elsewhere."""
-    path = Path(name_or_path) / RUN_FILE
-    if not path.is_file():
-        return {}
-    run = json.loads(path.read_text(encoding="utf-8"))
-    return run if run["task"] == task.name else {}
 
 
 def chosen_ids(task: Task, arguments: EvaluationArguments) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from xlfa.data import load_rows
+from xlfa.data import UnknownConfiguration, load_rows
 from xlfa.errors import XLFAError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,14 @@ def load_parallel(
         rows = _filtered(rows, filters or [], f"{dataset} ({language})")
         if pairs_per_language is not None and pairs_per_language < len(rows):
             rows = rows.shuffle(seed=seed).select(range(pairs_per_language))
-        pairs[language] = [(row[SOURCE_LANGUAGE], row[language]) for row in rows["translation"]]
+        pairs[language] = []
+        for position, row in enumerate(rows["translation"]):
+            if not isinstance(row, dict) or row.get(SOURCE_LANGUAGE) is None or row.get(language) is None:
+                raise XLFAError(
+                    f"{dataset} (en-{language}): `translation` of row {position} is {row!r}; it must hold "
+                    f"{SOURCE_LANGUAGE!r} and {language!r}"
+                )
+            pairs[language].append((row[SOURCE_LANGUAGE], row[language]))
     return pairs
 
 
@@ -53,9 +60,7 @@ def _load_language(dataset: str, language: str, data_root: str | None) -> Datase
     for name in names:
         try:
             return load_rows(dataset, name, "train", data_root, ("translation",))
-        except XLFAError as error:
-            if "has no configuration" not in str(error):
-                raise
+        except UnknownConfiguration as error:
             errors.append(str(error))
     raise XLFAError(f"no parallel text for language {language!r}, as {' or '.join(names)}: {errors[0]}")
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xlfa.tasks import Prediction, Task
 
-# What a window holds beside the model's inputs.
+# The model's inputs among what a window holds.
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -21,6 +21,7 @@ def predict(
     task: Task,
     rows: Dataset,
     ids: list[str],
+    *,
     max_length: int,
     doc_stride: int,
     batch_size: int,

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
+from torch.utils.data import Sampler
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from modeling_xlfa import XLFAConfig
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
 from xlfa.arguments import DataArguments, ModelArguments, XLFATrainingArguments, parse_arguments
 from xlfa.backbones import resolve_encoder
@@ -30,6 +35,28 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 DESCRIPTION = "Fine-tune an encoder with feature aggregation and optimal-transport alignment on an English task."
+
+
+class EpochSeededSampler(Sampler):
+    """A length-grouped order that is a function of seed and epoch.
+
+    transformers draws it from the global generator: a run resumed in a later epoch would see another order than the
+    unbroken one, and processes could see different ones.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int):
+        self.sampler, self.seed, self.epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """accelerate's data loader calls this before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.sampler)
 
 
 class XLFATrainer(Trainer):
@@ -79,17 +106,22 @@ class XLFATrainer(Trainer):
                 batch.update(self.pair_sampler.batch(self.state.global_step, first, size))
         return batches, count
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        return EpochSeededSampler(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         self._add_part("task_loss", outputs.task_loss)
         if outputs.ot_loss is not None:
             self._add_part("ot_loss", outputs.ot_loss)
             for name, values in outputs.ot_statistics.items():
-                self._add_part(f"ot_{name}", values.float().mean())
+                self._add_part(f"ot_{name}", values.float())
         return (loss, outputs) if return_outputs else loss
 
     def _add_part(self, name: str, value: torch.Tensor) -> None:
-        self._part_sums[name] = self._part_sums.get(name, 0) + value.detach()
+        # One value a device where torch's DataParallel runs the model.
+        self._part_sums[name] = self._part_sums.get(name, 0) + value.detach().float().mean()
         self._part_counts[name] = self._part_counts.get(name, 0) + 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -116,9 +148,9 @@ class XLFATrainer(Trainer):
             self.task,
             rows,
             self.task.example_ids(rows),
-            self.max_length,
-            self.doc_stride,
-            self.args.per_device_eval_batch_size,
+            max_length=self.max_length,
+            doc_stride=self.doc_stride,
+            batch_size=self.args.per_device_eval_batch_size,
             bf16=self.args.bf16,
             description="validation",
         )
@@ -165,6 +197,11 @@ def train(
     """
     checkpoint = find_checkpoint(training_args)
     task = get_task(data_args.task)
+    selected_by = training_args.metric_for_best_model
+    if selected_by is not None and selected_by.removeprefix("eval_") not in task.metrics:
+        raise XLFAError(
+            f"--metric_for_best_model {selected_by}: the task {task.name!r} is scored by {', '.join(task.metrics)}"
+        )
     logger.info(describe_threads())
     set_seed(training_args.seed)
 
@@ -175,9 +212,12 @@ def train(
     aligned = (model_args.ot_weight or 0) > 0
     pair_texts = load_pair_texts(task, data_args, training_args.seed) if aligned else {}
     encoder = resolve_encoder(model_args.model)
-    if model_args.trim_vocab:
-        encoder = trim_vocabulary(encoder, vocabulary_texts(task, data_args, [rows, validation_rows], pair_texts))
-    model, tokenizer = build_model(task, model_args, encoder)
+    with naming_model(model_args.model):
+        if model_args.trim_vocab:
+            encoder = trim_vocabulary(encoder, vocabulary_texts(task, data_args, [rows, validation_rows], pair_texts))
+        model, tokenizer = build_model(task, model_args, data_args, encoder)
+    if checkpoint is not None:
+        check_same_model(checkpoint, model.config)
     features = task.training_features(rows, tokenizer, data_args.max_length, data_args.doc_stride)
     logger.info("%d training examples, %d inputs; %d for validation", len(rows), len(features), len(validation_rows))
 
@@ -228,9 +268,33 @@ def find_checkpoint(training_args: XLFATrainingArguments) -> str | None:
     checkpoint = last if wanted.lower() == "true" else wanted
     if checkpoint is None:
         raise XLFAError(f"--resume_from_checkpoint true: there is no checkpoint in {folder}")
-    if not (Path(checkpoint) / "trainer_state.json").is_file():
-        raise XLFAError(f"--resume_from_checkpoint {checkpoint}: the folder is not a training checkpoint")
+    needed = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME)
+    missing = [name for name in needed if not (Path(checkpoint) / name).is_file()]
+    if missing:
+        raise XLFAError(
+            f"--resume_from_checkpoint {checkpoint}: the folder is not a training checkpoint, it lacks "
+            + ", ".join(missing)
+        )
     return checkpoint
+
+
+def check_same_model(checkpoint: str, config: XLFAConfig) -> None:
+    """Raise `XLFAError` if the checkpoint is of a model with other fields than `config`."""
+    ours, theirs = config.to_dict(), XLFAConfig.from_pretrained(checkpoint).to_dict()
+    own_fields = [name for name in ours if name.startswith(("fusion", "ot_", "classifier_", "input_"))]
+    for name in (*own_fields, "id2label"):
+        if ours[name] != theirs[name]:
+            raise XLFAError(
+                f"--resume_from_checkpoint {checkpoint}: it was trained with {name}={theirs[name]!r}, not "
+                f"{ours[name]!r}: give the settings of that run, or start a new one in another --output_dir"
+            )
+    for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        ours_value, theirs_value = (getattr(each.text_config, name) for each in (config, XLFAConfig.from_dict(theirs)))
+        if ours_value != theirs_value:
+            raise XLFAError(
+                f"--resume_from_checkpoint {checkpoint}: its encoder has {name}={theirs_value!r}, this one "
+                f"{ours_value!r}"
+            )
 
 
 def load_pair_texts(task: Task, data_args: DataArguments, seed: int) -> dict[str, list[tuple[str, str]]]:
@@ -265,27 +329,36 @@ def vocabulary_texts(
         yield from task.texts(task.load_test(language, data_args.data_root))
 
 
+@contextmanager
+def naming_model(name: str) -> Iterator[None]:
+    """Turn what transformers raises for a model that cannot be built into an `XLFAError` that names `--model`."""
+    try:
+        yield
+    except XLFAError:
+        raise
+    except OSError as error:
+        raise XLFAError(f"--model {name}: no such encoder on the Hub or as a folder ({error})") from None
+    except (ValueError, ImportError) as error:
+        raise XLFAError(f"--model {name}: {error}") from None
+
+
 def build_model(
-    task: Task, model_args: ModelArguments, encoder: str
+    task: Task, model_args: ModelArguments, data_args: DataArguments, encoder: str
 ) -> tuple[XLFAPreTrainedModel, PreTrainedTokenizerBase]:
     """The task's head on the encoder, and the encoder's tokenizer.
 
     Raises:
-        XLFAError: for an unknown encoder or a bad config field.
+        XLFAError, OSError, ValueError, ImportError: for an unknown encoder or a bad field.
     """
     fields = model_args.config_fields()
+    fields |= {"input_length": data_args.max_length, "input_stride": data_args.doc_stride}
     if task.label_names:
         fields["id2label"] = dict(enumerate(task.label_names))
         fields["label2id"] = {name: number for number, name in enumerate(task.label_names)}
     if model_args.encoder_config is not None:
         fields["encoder_config"] = parse_encoder_config(model_args.encoder_config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(encoder)
-        model = task.model_class.from_encoder(encoder, **fields)
-    except OSError as error:
-        raise XLFAError(f"--model {model_args.model}: no such encoder on the Hub or as a folder ({error})") from None
-    except ValueError as error:
-        raise XLFAError(f"--model {model_args.model}: {error}") from None
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = task.model_class.from_encoder(encoder, **fields)
     if model_args.freeze_word_embeddings:
         model.get_input_embeddings().requires_grad_(False)
     return model, tokenizer
@@ -313,12 +386,10 @@ def write_run_file(
     training_args: XLFATrainingArguments,
     validation: dict[str, float],
 ) -> None:
-    """`run.json`: how the model came about, and what scoring takes over from it."""
+    """`run.json`: how the model came about. For the run folder, not for publishing: it holds local paths."""
     run = {
         "schema_version": 1,
         "task": data_args.task,
-        "max_length": data_args.max_length,
-        "doc_stride": data_args.doc_stride,
         "validation": validation,
         "model_arguments": asdict(model_args),
         "data_arguments": asdict(data_args),

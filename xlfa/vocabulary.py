@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_xlfa.modeling_xlfa import load_encoder
@@ -33,17 +32,21 @@ def trim_vocabulary(name_or_path: str, texts: Iterable[str]) -> str:
     source = resolve_encoder(name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(source)
     kept = _with_lowest_piece(tokenizer, used_ids(tokenizer, texts))
-    digest = hashlib.sha256(json.dumps([str(name_or_path), kept]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([_weights_identity(source), kept]).encode()).hexdigest()[:16]
     target = cache_dir() / f"{Path(source).name}-trimmed-{digest}"
     if not target.is_dir():
         with building_folder(target) as folder:
-            trimmed = type(tokenizer)(
-                tokenizer_object=Tokenizer.from_str(json.dumps(_trimmed_tokenizer(tokenizer, kept))),
-                model_max_length=tokenizer.model_max_length,
-            )
-            trimmed.save_pretrained(folder)
-            _write_trimmed_encoder(source, kept, trimmed, folder)
+            _write_trimmed_tokenizer(tokenizer, kept, folder)
+            _write_trimmed_encoder(source, kept, folder)
     return str(target)
+
+
+def _weights_identity(source: str) -> list[str]:
+    """What tells one state of an encoder from another: its Hub commit, or its files' sizes and times."""
+    folder = Path(source)
+    if folder.is_dir():
+        return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(folder.iterdir())]
+    return [source, str(AutoConfig.from_pretrained(source)._commit_hash)]
 
 
 def used_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[int]:
@@ -72,28 +75,61 @@ def _with_lowest_piece(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> li
     )
 
 
-def _trimmed_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: list[int]) -> dict:
-    """The tokenizer's JSON with the kept pieces only, renumbered 0, 1, 2, … in their order."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = state["model"]
+def _write_trimmed_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: list[int], folder: Path) -> None:
+    """The tokenizer's own files, with the pieces that are kept, renumbered 0, 1, 2, … in their order."""
+    tokenizer.save_pretrained(folder)
     new_ids = {old: new for new, old in enumerate(kept)}
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(_trimmed_state(json.loads(path.read_text("utf-8")), new_ids)), encoding="utf-8")
+    # Written with the old numbers where an older format keeps them; tokenizer.json has them all.
+    path = folder / "tokenizer_config.json"
+    options = json.loads(path.read_text("utf-8"))
+    options.pop("added_tokens_decoder", None)
+    path.write_text(json.dumps(options, indent=2, ensure_ascii=False), encoding="utf-8")
+    for name in ("vocab.txt", "sentencepiece.bpe.model"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _trimmed_state(state: dict, new_ids: dict[int, int]) -> dict:
+    """The content of `tokenizer.json` with the pieces of `new_ids` (old → new) only."""
+    model = state["model"]
     if model["type"] == "Unigram":
         model["unk_id"] = new_ids[model["unk_id"]]
-        model["vocab"] = [model["vocab"][old] for old in kept if old < len(model["vocab"])]
+        model["vocab"] = [piece for old, piece in enumerate(model["vocab"]) if old in new_ids]
     else:
         model["vocab"] = {piece: new_ids[old] for piece, old in model["vocab"].items() if old in new_ids}
     state["added_tokens"] = [
         {**token, "id": new_ids[token["id"]]} for token in state["added_tokens"] if token["id"] in new_ids
     ]
-    for token in (state["post_processor"] or {}).get("special_tokens", {}).values():
-        token["ids"] = [new_ids[old] for old in token["ids"]]
+    if state["post_processor"] is not None:
+        _renumber(state["post_processor"], new_ids)
     return state
 
 
-def _write_trimmed_encoder(source: str, kept: list[int], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _renumber(processor: dict, new_ids: dict[int, int]) -> None:
+    """Give the special tokens of a post-processor their new ids.
+
+    Raises:
+        XLFAError: for a kind of processor that is not known to hold none.
+    """
+    if processor["type"] == "Sequence":
+        for part in processor["processors"]:
+            _renumber(part, new_ids)
+    elif processor["type"] == "TemplateProcessing":
+        for token in processor["special_tokens"].values():
+            token["ids"] = [new_ids[old] for old in token["ids"]]
+    elif processor["type"] in ("BertProcessing", "RobertaProcessing"):
+        for side in ("sep", "cls"):
+            token, old = processor[side]
+            processor[side] = [token, new_ids[old]]
+    else:
+        raise XLFAError(f"--trim_vocab does not know the tokenizer's post-processor {processor['type']}: leave it out")
+
+
+def _write_trimmed_encoder(source: str, kept: list[int], folder: Path) -> None:
     encoder = load_encoder(source, AutoConfig.from_pretrained(source))
     rows = encoder.get_input_embeddings().weight.detach()[kept].clone()
     encoder.resize_token_embeddings(len(kept), mean_resizing=False)
     encoder.get_input_embeddings().weight.data.copy_(rows)
-    encoder.config.pad_token_id = tokenizer.pad_token_id
+    encoder.config.pad_token_id = kept.index(encoder.config.pad_token_id)
     encoder.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Print the tables of results/first_run/README.md from the scores beside this file: python results/first_run/summary.py"""
+"""Print the tables of results/first_run/README.md from the scores beside this file."""
 
 import json
 from pathlib import Path

@@ -41,8 +41,10 @@ class QuestionAnsweringTask(Task):
         return list(dict.fromkeys(rows["context"])) + list(rows["question"])
 
     def check_rows(self, rows: Dataset, place: str) -> None:
-        for position, answers in enumerate(rows["answers"]):
-            if not answers["text"]:
+        for position, row in enumerate(rows):
+            if not (row["context"] or "").strip() or not (row["question"] or "").strip():
+                raise XLFAError(f"{place}: row {position} has an empty context or question")
+            if not row["answers"]["text"]:
                 raise XLFAError(f"{place}: row {position} has no answer; SQuAD v1.1 has one for every question")
 
     def _encode(
@@ -116,7 +118,13 @@ class QuestionAnsweringTask(Task):
         count = torch.tensor([len(window["context_offsets"]) for window in windows], device=device).unsqueeze(1)
         positions = torch.arange(length, device=device)
         outside = (positions < first) | (positions >= first + count)
-        scores, starts, ends = best_spans(outputs.start_logits.float(), outputs.end_logits.float(), outside)
+        # Padding is no token of the window: without this the probabilities would depend on the batch.
+        padding = positions >= torch.tensor([len(window["input_ids"]) for window in windows], device=device).unsqueeze(
+            1
+        )
+        start_logits = outputs.start_logits.float().masked_fill(padding, -torch.inf)
+        end_logits = outputs.end_logits.float().masked_fill(padding, -torch.inf)
+        scores, starts, ends = best_spans(start_logits, end_logits, outside)
         readings = []
         for window, score, start, end in zip(windows, scores.tolist(), starts.tolist(), ends.tolist()):
             offsets = window["context_offsets"]

@@ -36,8 +36,10 @@ class SequenceClassificationTask(Task):
         return XLFAForSequenceClassification
 
     def check_rows(self, rows: Dataset, place: str) -> None:
-        labels = rows["label"]
-        for position, label in enumerate(labels):
+        for position, row in enumerate(rows):
+            if any(row[column] is None for column in self.sentence_columns):
+                raise XLFAError(f"{place}: row {position} has an empty {' or '.join(self.sentence_columns)}")
+            label = row["label"]
             if label not in range(len(self.label_names)):
                 raise XLFAError(
                     f"{place}: row {position} has label {label!r}; the task {self.name!r} knows "

@@ -150,6 +150,7 @@ class Task(ABC):
         else:
             source = self.validation
             rows = load_rows(source.dataset, source.config, source.split, data_root, self.columns)
+            self.check_rows(rows, f"{source.dataset} ({source.split})")
         return rows.select(sample_clusters(rows[self.group_column], max_examples, seed))
 
     def _training_and_held_out(
