@@ -202,3 +202,8 @@ def test_the_held_out_groups_are_fixed():
 
 def test_a_small_set_holds_out_one_group():
     assert len(hold_out_groups(["a", "b", "c"], 0.1)[1]) == 1
+
+
+def test_a_single_group_cannot_be_held_out():
+    with pytest.raises(XLFAError, match="single group"):
+        hold_out_groups(["a", "a"], 0.1)

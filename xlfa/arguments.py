@@ -147,6 +147,8 @@ def yaml_flags(path: Path) -> list[str]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise XLFAError(f"no configuration file {path}") from None
+    except OSError as error:
+        raise XLFAError(f"cannot read the configuration file {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise XLFAError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):

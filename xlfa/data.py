@@ -129,8 +129,16 @@ def sample_clusters(clusters: list[str], max_examples: int | None, seed: int) ->
 
 
 def hold_out_groups(groups: list[str], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Split positions into (kept, held out) so that no group is on both sides; `fraction` of the groups is held out."""
+    """Split positions into (kept, held out) so that no group is on both sides; `fraction` of the groups is held out.
+
+    Raises:
+        XLFAError: for a single group.
+    """
     names = list(dict.fromkeys(groups))
+    if len(names) < 2:
+        raise XLFAError(
+            "the training set has a single group of examples: none is left to train on after the held-out ones"
+        )
     order = np.random.default_rng(seed).permutation(len(names))
     held = {names[index] for index in order[: max(1, round(fraction * len(names)))]}
     kept_positions = [position for position, group in enumerate(groups) if group not in held]

@@ -38,8 +38,11 @@ def building_folder(target: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
-        # mkdtemp makes the folder private; the finished one gets the permissions of its parent.
-        temporary.chmod(target.parent.stat().st_mode & 0o777)
+        # mkdtemp and safetensors make private ones; the finished folder and its files get the parent's permissions.
+        mode = target.parent.stat().st_mode
+        temporary.chmod(mode & 0o777)
+        for path in temporary.iterdir():
+            path.chmod(mode & 0o666)
         try:
             os.rename(temporary, target)
         except OSError:

@@ -37,6 +37,8 @@ def load_parallel(
     Raises:
         XLFAError: without a `translation` column, a language, a filter's column, or any pair that passes the filters.
     """
+    if pairs_per_language is not None and pairs_per_language < 1:
+        raise XLFAError(f"--parallel_pairs_per_language {pairs_per_language} must be at least 1")
     pairs = {}
     for language in languages:
         rows = _load_language(dataset, language, data_root)

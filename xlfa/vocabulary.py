@@ -37,7 +37,7 @@ def trim_vocabulary(name_or_path: str, texts: Iterable[str]) -> str:
     if not target.is_dir():
         with building_folder(target) as folder:
             _write_trimmed_tokenizer(tokenizer, kept, folder)
-            _write_trimmed_encoder(source, kept, folder)
+            _write_trimmed_encoder(source, kept, kept.index(tokenizer.pad_token_id), folder)
     return str(target)
 
 
@@ -126,10 +126,10 @@ def _renumber(processor: dict, new_ids: dict[int, int]) -> None:
         raise XLFAError(f"--trim_vocab does not know the tokenizer's post-processor {processor['type']}: leave it out")
 
 
-def _write_trimmed_encoder(source: str, kept: list[int], folder: Path) -> None:
+def _write_trimmed_encoder(source: str, kept: list[int], pad_token_id: int, folder: Path) -> None:
     encoder = load_encoder(source, AutoConfig.from_pretrained(source))
     rows = encoder.get_input_embeddings().weight.detach()[kept].clone()
     encoder.resize_token_embeddings(len(kept), mean_resizing=False)
     encoder.get_input_embeddings().weight.data.copy_(rows)
-    encoder.config.pad_token_id = kept.index(encoder.config.pad_token_id)
+    encoder.config.pad_token_id = pad_token_id
     encoder.save_pretrained(folder)
