@@ -192,14 +192,13 @@ def _named_tensors(flat: dict[str, torch.Tensor], config: BertConfig) -> dict[st
         raise XLFAError(
             f"the weight file's tensors differ from the expected ones: {sorted(names.keys() ^ flat.keys())}"
         )
-    matrices = {"ao.w": config.hidden_size, "fo.w": config.intermediate_size}
+    # Columns of the matrices by the name inside the embeddings or the layer; everything else is a vector.
+    columns = dict.fromkeys(("word", "pos", "type", "q.w", "k.w", "v.w", "ao.w", "fi.w"), config.hidden_size)
+    columns["fo.w"] = config.intermediate_size
     tensors = {}
     for short, tensor in flat.items():
-        is_matrix = short in ("emb.word", "emb.pos", "emb.type") or short.split(".", 1)[1] in {
-            f"{part}.w" for part in ("q", "k", "v", "ao", "fi", "fo")
-        }
-        columns = matrices.get(short.split(".", 1)[1], config.hidden_size)
-        tensors[names[short]] = tensor.view(-1, columns) if is_matrix else tensor
+        part = short.split(".", 1)[1]
+        tensors[names[short]] = tensor.view(-1, columns[part]) if part in columns else tensor
     return tensors
 
 

@@ -280,7 +280,8 @@ def find_checkpoint(training_args: XLFATrainingArguments) -> str | None:
 
 def check_same_model(checkpoint: str, config: XLFAConfig) -> None:
     """Raise `XLFAError` if the checkpoint is of a model with other fields than `config`."""
-    ours, theirs = config.to_dict(), XLFAConfig.from_pretrained(checkpoint).to_dict()
+    trained = XLFAConfig.from_pretrained(checkpoint)
+    ours, theirs = config.to_dict(), trained.to_dict()
     own_fields = [name for name in ours if name.startswith(("fusion", "ot_", "classifier_", "input_"))]
     for name in (*own_fields, "id2label"):
         if ours[name] != theirs[name]:
@@ -289,7 +290,7 @@ def check_same_model(checkpoint: str, config: XLFAConfig) -> None:
                 f"{ours[name]!r}: give the settings of that run, or start a new one in another --output_dir"
             )
     for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
-        ours_value, theirs_value = (getattr(each.text_config, name) for each in (config, XLFAConfig.from_dict(theirs)))
+        ours_value, theirs_value = (getattr(each.text_config, name) for each in (config, trained))
         if ours_value != theirs_value:
             raise XLFAError(
                 f"--resume_from_checkpoint {checkpoint}: its encoder has {name}={theirs_value!r}, this one "

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -52,13 +53,8 @@ def _weights_identity(source: str) -> list[str]:
 def used_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[int]:
     """Ids of the pieces of `texts` and of the special tokens, sorted, so that special tokens stay where they stand."""
     used = set(tokenizer.all_special_ids)
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == BATCH:
-            used.update(*tokenizer(batch, add_special_tokens=False)["input_ids"])
-            batch = []
-    if batch:
+    texts = iter(texts)
+    while batch := list(islice(texts, BATCH)):
         used.update(*tokenizer(batch, add_special_tokens=False)["input_ids"])
     return sorted(used)
 
