@@ -52,6 +52,12 @@ def quiet_and_seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of datasets for one test alone."""
+    monkeypatch.setattr("xlfa.data.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 @pytest.fixture(params=list(ENCODER_CONFIGS))
 def encoder_config(request):
     """A tiny config of each encoder family."""

@@ -15,9 +15,7 @@ ROWS = [{"premise": "a", "label": 0}, {"premise": "b", "label": 1}]
 PREMISES = [f"premise {number // 3}" for number in range(60)]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("xlfa.data.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -13,9 +13,7 @@ from xlfa.parallel import PairSampler, load_parallel
 LANGUAGES = ("de", "fr", "th", "vi")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("xlfa.data.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -20,9 +20,7 @@ CONTEXT = " ".join(f"word{number}" for number in range(60))
 OFFSETS = [(0, 3), (4, 7), (7, 9), (10, 14)]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("xlfa.data.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
