@@ -21,7 +21,8 @@ from .modeling_xlfa import (
     XLFAModel,
     XLFAPreTrainedModel,
 )
-from .transport_xlfa import TransportResult, alignment_loss, pairwise_cost, sinkhorn
+from .sinkhorn_xlfa import TransportProblem, TransportResult
+from .transport_xlfa import alignment_loss, pairwise_cost, sinkhorn
 
 AutoConfig.register("xlfa", XLFAConfig, exist_ok=True)
 AutoModel.register(XLFAConfig, XLFAModel, exist_ok=True)
@@ -32,6 +33,7 @@ AutoModelForTokenClassification.register(XLFAConfig, XLFAForTokenClassification,
 __all__ = [
     "AIF",
     "DLFA",
+    "TransportProblem",
     "TransportResult",
     "XLFAConfig",
     "XLFAForQuestionAnswering",

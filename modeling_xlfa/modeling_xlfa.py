@@ -12,7 +12,8 @@ from transformers.utils import ModelOutput
 
 from .configuration_xlfa import XLFAConfig
 from .fusion_xlfa import DLFA
-from .transport_xlfa import TransportResult, alignment_loss
+from .sinkhorn_xlfa import TransportResult
+from .transport_xlfa import alignment_loss
 
 
 @dataclass
