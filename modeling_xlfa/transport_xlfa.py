@@ -12,11 +12,15 @@ al. 2018, arXiv 1607.05816); tau → infinity is the balanced problem. Debiased,
 OT_eps(a, b) - OT_eps(a, a) / 2 - OT_eps(b, b) / 2 (Feydy et al. 2019, arXiv 1810.08278).
 """
 
+import logging
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
 from .sinkhorn_xlfa import TransportProblem, TransportResult, solve_with_torch
+
+logger = logging.getLogger(__name__)
 
 # Solvers by name. A package around these files may add its own: see `sinkhorn`.
 BACKENDS: dict[str, Callable[[TransportProblem], TransportResult]] = {"torch": solve_with_torch}
@@ -219,32 +223,53 @@ def _marginal(marginal: torch.Tensor | None, mask: torch.Tensor, dtype: torch.dt
 
 
 def _backend(name: str, problem: TransportProblem) -> Callable[[TransportProblem], TransportResult]:
-    """The solver of that name; for `"auto"` the fastest for the problem's device and size.
+    """The solver of that name; for `"auto"` the fastest for the problem's device, type and size.
 
     Raises:
         ValueError: if it is not there.
     """
     on_gpu = problem.cost.device.type == "cuda"
-    if "triton" not in BACKENDS and (name == "triton" or (name == "auto" and on_gpu)):
-        try:
-            from .sinkhorn_triton_xlfa import solve_with_triton
-
-            BACKENDS["triton"] = solve_with_triton
-        except ImportError:
-            pass
+    fits_triton = on_gpu and max(problem.cost.shape[1:]) <= 256 and problem.cost.dtype == torch.float32
+    if name == "triton" or (name == "auto" and fits_triton):
+        _add_triton(problem.cost.device)
     if name == "auto":
-        small = max(problem.cost.shape[1:]) <= 256 and problem.cost.dtype == torch.float32
-        name = next(
-            candidate
-            for candidate, suits in (("triton", on_gpu and small), ("compiled", not on_gpu), ("torch", True))
-            if suits and candidate in BACKENDS
-        )
+        preferred = "triton" if fits_triton else "torch" if on_gpu else "compiled"
+        name = preferred if preferred in BACKENDS else "torch"
     if name not in BACKENDS:
         raise ValueError(
             f"backend={name!r} is not there, only 'auto', {', '.join(map(repr, BACKENDS))}: 'triton' needs the package "
             "triton, 'compiled' needs numba and `import xlfa.compiled_sinkhorn`"
         )
     return BACKENDS[name]
+
+
+@lru_cache
+def _add_triton(device: torch.device) -> None:
+    """Add the Triton back end if it is installed and gives torch's numbers on a small problem on this device.
+
+    A machine can have Triton and still not run it, for want of a C compiler or by a driver too old.
+    """
+    try:
+        from .sinkhorn_triton_xlfa import solve_with_triton
+    except ImportError:
+        return
+    ramp = torch.linspace(0, 1, 35, device=device).view(1, 5, 7)
+    problem = TransportProblem(
+        cost=(ramp * 7).sin().abs(),
+        epsilon=torch.full((1,), 0.1, device=device),
+        source_marginal=torch.full((1, 5), 1 / 5, device=device),
+        target_marginal=torch.full((1, 7), 1 / 7, device=device),
+        tol=1e-5,
+    )
+    try:
+        torch.testing.assert_close(
+            solve_with_triton(problem).plan, solve_with_torch(problem).plan, rtol=1e-3, atol=1e-5
+        )
+    # Whatever a compiler or a driver raises, training goes on without them, and says so.
+    except Exception as error:
+        logger.warning("the Triton back end fails its check on %s; torch solves instead: %s", device, error)
+        return
+    BACKENDS["triton"] = solve_with_triton
 
 
 class _PlanGradient(torch.autograd.Function):
