@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transport_data import SETTINGS, Answer, Batch, Case, Limits, errors_of, make_batch
+from transport_cases import SETTINGS, Answer, Batch, Case, Limits, errors_of, make_batch
 from transport_peers import SOLVE, SOLVERS, NotReachedError, SkippedError
 from transport_report import ENCODER, FLOOR, REFERENCE, Row, header, report
 
@@ -237,13 +237,13 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--row-seconds",
         type=float,
-        default=30,
+        default=10,
         help="a row gets as many repetitions as fit into this, by its first call (default: %(default)s)",
     )
     add(
         "--time-limit",
         type=float,
-        default=120,
+        default=20,
         help="seconds after which a peer that has not reached the tolerance is stopped (default: %(default)s)",
     )
     add(

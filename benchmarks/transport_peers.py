@@ -17,7 +17,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from transport_data import Answer, Case
+from transport_cases import Answer, Case
 
 from modeling_xlfa.transport_xlfa import alignment_loss, pairwise_cost, sinkhorn
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from transport_data import SETTINGS
+from transport_cases import SETTINGS
 from transport_peers import END_TO_END, SOLVE, SOLVERS
 
 FLOOR, REFERENCE, ENCODER = "floor", "reference", "encoder step"

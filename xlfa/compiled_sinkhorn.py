@@ -8,6 +8,7 @@ cache, padding is never touched, and each pair has its own pace.
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -80,25 +81,114 @@ def _log(x):
     )
 
 
-@inline
-def _zeros(size):
-    return np.zeros(size, dtype=np.float32)
+class _Pair(NamedTuple):
+    """What `_Sweeps` holds of one pair, without its padding: arrays of n, of m, or n x m entries.
+
+    Arrays over the columns that meet the kernel are as wide as its rows: m rounded up to whole vectors.
+    """
+
+    reduced: np.ndarray
+    kernel: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    phi: np.ndarray
+    gamma: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    # Marginal times scaling, the kernel's products with the other side's, and what soft marginals take from an update.
+    row_weights: np.ndarray
+    column_weights: np.ndarray
+    row_product: np.ndarray
+    column_product: np.ndarray
+    row_shift: np.ndarray
+    column_shift: np.ndarray
 
 
 @jit
-def _fill_kernel(reduced, kernel, n, m):
-    """K = exp(-R); 0 in the padding of its rows."""
+def _new_pair(n, m):
+    width = (m + LANES - 1) // LANES * LANES
+    return _Pair(
+        np.empty((n, width), dtype=np.float32),
+        np.empty((n, width), dtype=np.float32),
+        np.empty(n, dtype=np.float32),
+        np.zeros(width, dtype=np.float32),
+        np.empty(n),
+        np.empty(m),
+        np.empty(n, dtype=np.float32),
+        np.zeros(width, dtype=np.float32),
+        np.empty(n, dtype=np.float32),
+        np.zeros(width, dtype=np.float32),
+        np.empty(n, dtype=np.float32),
+        np.zeros(width, dtype=np.float32),
+        np.empty(n, dtype=np.float32),
+        np.empty(width, dtype=np.float32),
+    )
+
+
+@jit
+def _start(pair, cost, rows, columns, epsilon, symmetric):
+    """R by c-transforms, or by zero potentials for a sentence against itself (see `_Sweeps.start`)."""
+    reduced, phi, gamma = pair.reduced, pair.phi, pair.gamma
+    n, m = phi.size, gamma.size
+    scale = 1 / np.float64(epsilon)
+    line = np.empty(m, dtype=np.float32)
+    gamma[:] = 0.0 if symmetric else np.inf
+    for i in range(n):
+        _gather(line, cost[rows[i]], columns)
+        base = 0.0 if symmetric else _smallest(line) * scale
+        phi[i] = base
+        for j in range(m):
+            reduced[i, j] = line[j] * scale - base
+        if not symmetric:
+            for j in range(m):
+                gamma[j] = min(gamma[j], np.float64(reduced[i, j]))
     for i in range(n):
         for j in range(m):
-            exponent = min(max(-reduced[i, j], np.float32(MIN_EXPONENT)), np.float32(MAX_EXPONENT))
-            kernel[i, j] = _exp(exponent)
-        kernel[i, m:] = np.float32(0.0)
+            reduced[i, j] -= np.float32(gamma[j])
+
+
+# A minimum is vectorised only where NaN is ruled out, as the checks of `sinkhorn` do.
+@njit(nogil=True, fastmath=True)
+def _smallest(line):
+    smallest = line[0]
+    for j in range(line.size):
+        smallest = min(smallest, line[j])
+    return smallest
 
 
 @jit
-def _row_products(kernel, weights, products, n):
-    """products_i = sum_j K_ij weights_j. Four rows at a time: each weight is read once for all of them."""
-    width = kernel.shape[1]
+def _copy(source, target):
+    # A slice assignment checks for overlap and goes entry by entry.
+    for j in range(target.size):
+        target[j] = source[j]
+
+
+@jit
+def _gather(line, source, columns):
+    """The tokens' entries of a row; in one piece where no hole is between them."""
+    first, count = columns[0], line.size
+    if columns[count - 1] - first == count - 1:
+        _copy(source[first : first + count], line)
+    else:
+        for j in range(count):
+            line[j] = source[columns[j]]
+
+
+@jit
+def _scatter(target, columns, line):
+    """The reverse of `_gather`."""
+    first, count = columns[0], columns.size
+    if columns[count - 1] - first == count - 1:
+        _copy(line, target[first : first + count])
+    else:
+        for j in range(count):
+            target[columns[j]] = line[j]
+
+
+@jit
+def _row_products(kernel, weights, products):
+    """products_i = sum_j K_ij weights_j. Four rows at a time: a weight is read once for all of them."""
+    n, width = products.size, kernel.shape[1]
     for i in range(0, n - 3, 4):
         s0 = s1 = s2 = s3 = np.float32(0.0)
         for j in range(width):
@@ -116,10 +206,10 @@ def _row_products(kernel, weights, products, n):
 
 
 @jit
-def _column_products(kernel, weights, products, n):
-    """products_j = sum_i weights_i K_ij. Four rows at a time: each product is read and written once for all of them."""
-    width = kernel.shape[1]
-    products[:width] = np.float32(0.0)
+def _column_products(kernel, weights, products):
+    """products_j = sum_i weights_i K_ij. Four rows at a time: a product is read and written once for all of them."""
+    n, width = weights.size, kernel.shape[1]
+    products[:] = np.float32(0.0)
     for i in range(0, n - 3, 4):
         w0, w1, w2, w3 = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
         for j in range(width):
@@ -128,6 +218,35 @@ def _column_products(kernel, weights, products, n):
         w0 = weights[i]
         for j in range(width):
             products[j] += kernel[i, j] * w0
+
+
+@jit
+def _build_kernel(pair, exponent):
+    """K = exp(-R), 0 in the padding of its rows; the scalings start again from 1."""
+    reduced, kernel, m = pair.reduced, pair.kernel, pair.gamma.size
+    for i in range(pair.phi.size):
+        for j in range(m):
+            kernel[i, j] = _exp(min(max(-reduced[i, j], np.float32(MIN_EXPONENT)), np.float32(MAX_EXPONENT)))
+        kernel[i, m:] = np.float32(0.0)
+    pair.row[:], pair.column[:] = np.float32(0.0), np.float32(0.0)
+    pair.row_weights[:], pair.column_weights[:] = pair.a, pair.b
+    for i in range(pair.phi.size):
+        pair.row_shift[i] = (exponent - 1) * pair.phi[i]
+    for j in range(m):
+        pair.column_shift[j] = (exponent - 1) * pair.gamma[j]
+    _row_products(kernel, pair.column_weights, pair.row_product)
+
+
+@jit
+def _absorb(pair):
+    """Move the scalings into the potentials; a new kernel must follow."""
+    reduced, row, column, m = pair.reduced, pair.row, pair.column, pair.gamma.size
+    for i in range(row.size):
+        pair.phi[i] += row[i]
+        for j in range(m):
+            reduced[i, j] -= row[i] + column[j]
+    for j in range(m):
+        pair.gamma[j] += column[j]
 
 
 @jit
@@ -146,38 +265,47 @@ def _move(scaling, weights, marginal, product, shift, weight, exponent, count):
 
 
 @jit
-def _set_shift(shift, potential, exponent, count):
-    """What soft marginals take from the potential that the kernel has absorbed."""
-    for i in range(count):
-        shift[i] = (exponent - 1) * potential[i]
+def _sweeps(pair, count, age, exponent):
+    """`count` updates of both scalings, the last one plain; the rows' products are those of the new columns."""
+    kernel, a, b, row, column = pair.kernel, pair.a, pair.b, pair.row, pair.column
+    row_weights, column_weights = pair.row_weights, pair.column_weights
+    row_product, column_product = pair.row_product, pair.column_product
+    row_shift, column_shift = pair.row_shift, pair.column_shift
+    n, m = pair.phi.size, pair.gamma.size
+    for step in range(count):
+        relaxation = np.float32(1.0 if step == count - 1 else min(2 - RAMP / (RAMP + age), MAX_RELAXATION))
+        _move(row, row_weights, a, row_product, row_shift, relaxation, exponent, n)
+        _column_products(kernel, row_weights, column_product)
+        _move(column, column_weights, b, column_product, column_shift, relaxation, exponent, m)
+        _row_products(kernel, column_weights, row_product)
+
+
+@jit
+def _symmetric_sweeps(pair, count, exponent):
+    """`count` averaged updates of the one scaling that serves both sides."""
+    n, row_weights, column_weights = pair.phi.size, pair.row_weights, pair.column_weights
+    half = np.float32(0.5)
+    for _ in range(count):
+        _move(pair.row, row_weights, pair.a, pair.row_product, pair.row_shift, half, exponent, n)
+        column_weights[:n] = row_weights
+        _row_products(pair.kernel, column_weights, pair.row_product)
+    pair.column[:n] = pair.row
 
 
 @jit
 def _wanted(marginal, potential, softness):
+    """What the plan's marginal is at the optimum; softness 0 means hard marginals."""
     return marginal * np.exp(-potential / softness) if softness > 0 else marginal
 
 
 @jit
-def _marginal_error(weights, product, marginal, potential, scaling, softness, count):
-    """sum_i |weights_i · product_i - wanted_i|."""
+def _row_error(pair, softness):
+    """L1 error of the rows' marginals."""
     error = 0.0
-    for i in range(count):
-        error += abs(weights[i] * product[i] - _wanted(marginal[i], potential[i] + scaling[i], softness))
+    for i in range(pair.phi.size):
+        wanted = _wanted(np.float64(pair.a[i]), pair.phi[i] + pair.row[i], softness)
+        error += abs(pair.row_weights[i] * pair.row_product[i] - wanted)
     return error
-
-
-@jit
-def _absorb(reduced, kernel, phi, gamma, row, column, row_weights, column_weights, a, b, n, m):
-    """Move the scalings into the potentials and make the kernel anew."""
-    for i in range(n):
-        phi[i] += row[i]
-        for j in range(m):
-            reduced[i, j] -= row[i] + column[j]
-    for j in range(m):
-        gamma[j] += column[j]
-    row[:n], column[:m] = np.float32(0.0), np.float32(0.0)
-    row_weights[:n], column_weights[:m] = a[:n], b[:m]
-    _fill_kernel(reduced, kernel, n, m)
 
 
 @jit
@@ -209,8 +337,10 @@ def _cholesky_solve(matrix, x, size):
 
 
 @jit
-def _newton(reduced, kernel, phi, gamma, a, b, softness, n, m, schur):
-    """A damped Newton step on the dual (see `_Sweeps.newton`), applied to R, the kernel and the potentials."""
+def _newton(pair, softness, schur):
+    """A damped Newton step on the dual (see `_Sweeps.newton`); the scalings are absorbed, a new kernel must follow."""
+    reduced, kernel, phi, gamma, a, b = pair.reduced, pair.kernel, pair.phi, pair.gamma, pair.a, pair.b
+    n, m = phi.size, gamma.size
     plan = np.empty((n, m))
     diagonal_a, diagonal_b = np.zeros(n), np.zeros(m)
     for i in range(n):
@@ -219,18 +349,18 @@ def _newton(reduced, kernel, phi, gamma, a, b, softness, n, m, schur):
             diagonal_a[i] += plan[i, j]
             diagonal_b[j] += plan[i, j]
     step_a, step_b = np.empty(n), np.empty(m)
-    for i in range(n):
-        wanted = _wanted(np.float64(a[i]), phi[i], softness)
-        step_a[i] = wanted - diagonal_a[i]
-        if softness > 0:
-            diagonal_a[i] += wanted / softness
-    for j in range(m):
-        wanted = _wanted(np.float64(b[j]), gamma[j], softness)
-        step_b[j] = wanted - diagonal_b[j]
-        if softness > 0:
-            diagonal_b[j] += wanted / softness
+    for step, diagonal, marginal, potential in (
+        (step_a, diagonal_a, a, phi),
+        (step_b, diagonal_b, b, gamma),
+    ):
+        for i in range(step.size):
+            wanted = _wanted(np.float64(marginal[i]), potential[i], softness)
+            step[i] = wanted - diagonal[i]
+            if softness > 0:
+                diagonal[i] += wanted / softness
     for j in range(m):
         for k in range(j + 1):
+            # With hard marginals a constant shift between the sides changes nothing: it is held at 0.
             schur[j, k] = 0.0 if softness > 0 else np.float64(b[j]) * b[k]
         schur[j, j] += diagonal_b[j]
     for i in range(n):
@@ -243,14 +373,11 @@ def _newton(reduced, kernel, phi, gamma, a, b, softness, n, m, schur):
                 schur[j, k] -= factor * plan[i, k]
     if not _cholesky_solve(schur, step_b, m):
         return
-    longest = 0.0
-    for j in range(m):
-        longest = max(longest, abs(step_b[j]))
     for i in range(n):
         for j in range(m):
             step_a[i] -= plan[i, j] * step_b[j]
         step_a[i] /= diagonal_a[i]
-        longest = max(longest, abs(step_a[i]))
+    longest = max(np.abs(step_a).max(), np.abs(step_b).max())
     length = min(1.0, NEWTON_STEP / longest) if longest > 0 else 0.0
     for i in range(n):
         phi[i] += length * step_a[i]
@@ -258,7 +385,80 @@ def _newton(reduced, kernel, phi, gamma, a, b, softness, n, m, schur):
             reduced[i, j] -= np.float32(length * (step_a[i] + step_b[j]))
     for j in range(m):
         gamma[j] += length * step_b[j]
-    _fill_kernel(reduced, kernel, n, m)
+
+
+@jit
+def _iterate(pair, softness, symmetric, max_iter, tol):
+    """Sweeps and Newton steps until convergence, as in `solve_with_torch`: their number, and whether it was reached."""
+    exponent = np.float32(softness / (softness + 1) if softness > 0 else 1.0)
+    schur = np.empty((0, 0))
+    count, age, block, newton_after, last_error = 0, 0, FIRST_BLOCK, NEWTON_AFTER, np.inf
+    _build_kernel(pair, exponent)
+    while True:
+        block = min(block, max_iter - count)
+        if symmetric:
+            _symmetric_sweeps(pair, block, exponent)
+        else:
+            _sweeps(pair, block, age, exponent)
+        count, age = count + block, age + block
+        error = _row_error(pair, softness) * (2 if symmetric else 1)
+        stretched = max(np.abs(pair.row).max(), np.abs(pair.column).max()) > ABSORB_EXPONENT
+        if error <= tol and not stretched:
+            return count, True
+        if count >= max_iter:
+            return count, False
+        if error > 2 * last_error:
+            age = 0
+        due = count >= newton_after or (error < last_error / 2 and count >= NEWTON_AFTER)
+        newton = due and error < NEWTON_BELOW and not symmetric
+        last_error = error
+        block = min(LAST_BLOCK, block + block // 2)
+        if newton or stretched:
+            _absorb(pair)
+            _build_kernel(pair, exponent)
+        if newton:
+            if schur.shape[0] == 0:
+                schur = np.empty((pair.gamma.size, pair.gamma.size))
+            _newton(pair, softness, schur)
+            _build_kernel(pair, exponent)
+            newton_after, age, block = count + count // 2, 0, FIRST_BLOCK
+
+
+@jit
+def _finish(pair, softness, symmetric, plan, rows, columns):
+    """Write the plan; dual value over epsilon, error of the marginals and entropy of the plan, as `_Sweeps.write`."""
+    reduced, kernel, column, column_weights = pair.reduced, pair.kernel, pair.column, pair.column_weights
+    n, m = pair.phi.size, pair.gamma.size
+    line, found = np.empty(m, dtype=np.float32), np.zeros(m, dtype=np.float32)
+    dual = error = entropy = mass = 0.0
+    for i in range(n):
+        weight = pair.row_weights[i]
+        for j in range(m):
+            line[j] = kernel[i, j] * weight * column_weights[j]
+        row_mass = logarithm = np.float32(0.0)
+        for j in range(m):
+            found[j] += line[j]
+            row_mass += line[j]
+        for j in range(m):
+            logarithm += line[j] * (column[j] - reduced[i, j])
+        _scatter(plan[rows[i]], columns, line)
+        mass += row_mass
+        potential = pair.phi[i] + pair.row[i]
+        wanted = _wanted(np.float64(pair.a[i]), potential, softness)
+        error += abs(row_mass - wanted)
+        if row_mass > 0:
+            entropy -= logarithm + row_mass * (np.log(pair.a[i]) + pair.row[i] - np.log(row_mass))
+        dual += softness * (pair.a[i] - wanted) if softness > 0 else pair.a[i] * potential
+    for j in range(m):
+        potential = pair.gamma[j] + column[j]
+        wanted = _wanted(np.float64(pair.b[j]), potential, softness)
+        error += abs(found[j] - wanted)
+        entropy -= found[j] * np.log(pair.b[j])
+        dual += softness * (pair.b[j] - wanted) if softness > 0 else pair.b[j] * potential
+    # Hard marginals of the columns have just been met: what mass is missing there is rounding.
+    if softness > 0 or symmetric:
+        dual += 1 - mass
+    return dual, error, entropy / mass
 
 
 @jit
@@ -282,135 +482,28 @@ def _solve_pairs(
     plan,
 ):
     """Solve the pairs `order` one after the other and write what `TransportResult` holds of them; tau 0 is hard."""
-    most_rows, most_columns = cost.shape[1:]
-    width = (most_columns + LANES - 1) // LANES * LANES
-    reduced_space = np.empty(most_rows * width, dtype=np.float32)
-    kernel_space = np.empty(most_rows * width, dtype=np.float32)
-    schur = np.empty((0, 0))
-    rows, columns = np.empty(most_rows, dtype=np.int64), np.empty(most_columns, dtype=np.int64)
-    # One array each: the rows of a common one would have strides that the compiler does not know.
-    a, row, row_weights = _zeros(most_rows), _zeros(most_rows), _zeros(most_rows)
-    b, column, column_weights = _zeros(width), _zeros(width), _zeros(width)
-    row_product, row_shift = _zeros(most_rows), _zeros(most_rows)
-    column_product, column_shift = _zeros(width), _zeros(width)
-    phi, gamma = np.empty(most_rows), np.empty(most_columns)
-    for pair in order:
-        n = m = 0
-        for i in range(most_rows):
-            source_potential[pair, i] = np.float32(0.0)
-            if source_marginal[pair, i] > 0:
-                rows[n], a[n] = i, source_marginal[pair, i]
-                n += 1
-        for j in range(most_columns):
-            target_potential[pair, j] = np.float32(0.0)
-            if target_marginal[pair, j] > 0:
-                columns[m], b[m] = j, target_marginal[pair, j]
-                m += 1
-        plan[pair] = np.float32(0.0)
-        if n == 0 or m == 0:
-            value[pair], marginal_error[pair], plan_entropy[pair] = 0, 0, 0
-            iterations[pair], converged[pair] = 0, True
+    for index in order:
+        rows, columns = source_marginal[index].nonzero()[0], target_marginal[index].nonzero()[0]
+        source_potential[index], target_potential[index] = np.float32(0.0), np.float32(0.0)
+        plan[index] = np.float32(0.0)
+        if rows.size == 0 or columns.size == 0:
+            value[index], marginal_error[index], plan_entropy[index] = 0, 0, 0
+            iterations[index], converged[index] = 0, True
             continue
-        stride = (m + LANES - 1) // LANES * LANES
-        b[m:], column_weights[m:] = np.float32(0.0), np.float32(0.0)
-        reduced = reduced_space[: n * stride].reshape(n, stride)
-        kernel = kernel_space[: n * stride].reshape(n, stride)
-        softness = tau[pair] / epsilon[pair]
-        exponent = np.float32(softness / (softness + 1) if softness > 0 else 1.0)
-
-        # c-transforms, or zero potentials for a sentence against itself.
-        scale = 1 / np.float64(epsilon[pair])
-        gamma[:m] = 0.0 if symmetric else np.inf
-        for i in range(n):
-            smallest = np.inf
-            for j in range(m):
-                smallest = min(smallest, np.float64(cost[pair, rows[i], columns[j]]))
-            phi[i] = 0.0 if symmetric else smallest * scale
-            for j in range(m):
-                scaled = cost[pair, rows[i], columns[j]] * scale - phi[i]
-                reduced[i, j] = scaled
-                if not symmetric:
-                    gamma[j] = min(gamma[j], scaled)
-        for i in range(n):
-            for j in range(m):
-                reduced[i, j] -= gamma[j]
-        row[:n], column[:m] = np.float32(0.0), np.float32(0.0)
-        row_weights[:n], column_weights[:m] = a[:n], b[:m]
-        _fill_kernel(reduced, kernel, n, m)
-        _set_shift(row_shift, phi, exponent, n)
-        _set_shift(column_shift, gamma, exponent, m)
-        _row_products(kernel, column_weights, row_product, n)
-
-        count, age, block, newton_after, last_error = 0, 0, FIRST_BLOCK, NEWTON_AFTER, np.inf
-        done = False
-        while True:
-            block = min(block, max_iter - count)
-            for step in range(block):
-                if symmetric:
-                    _move(row, row_weights, a, row_product, row_shift, np.float32(0.5), exponent, n)
-                    _row_products(kernel, row_weights, row_product, n)
-                    continue
-                relaxation = np.float32(1.0 if step == block - 1 else min(2 - RAMP / (RAMP + age), MAX_RELAXATION))
-                _move(row, row_weights, a, row_product, row_shift, relaxation, exponent, n)
-                _column_products(kernel, row_weights, column_product, n)
-                _move(column, column_weights, b, column_product, column_shift, relaxation, exponent, m)
-                _row_products(kernel, column_weights, row_product, n)
-            if symmetric:
-                column[:m], column_weights[:m] = row[:n], row_weights[:n]
-            count, age = count + block, age + block
-            error = _marginal_error(row_weights, row_product, a, phi, row, softness, n) * (2 if symmetric else 1)
-            stretched = max(np.abs(row[:n]).max(), np.abs(column[:m]).max()) > ABSORB_EXPONENT
-            done = error <= tol and not stretched
-            if done or count >= max_iter:
-                break
-            if error > 2 * last_error:
-                age = 0
-            due = count >= newton_after or (error < last_error / 2 and count >= NEWTON_AFTER)
-            newton = due and error < NEWTON_BELOW and not symmetric
-            last_error = error
-            block = min(LAST_BLOCK, block + block // 2)
-            if newton or stretched:
-                _absorb(reduced, kernel, phi, gamma, row, column, row_weights, column_weights, a, b, n, m)
-            if newton:
-                if schur.shape[0] == 0:
-                    schur = np.empty((most_columns, most_columns))
-                _newton(reduced, kernel, phi, gamma, a, b, softness, n, m, schur)
-                newton_after, age, block = count + count // 2, 0, FIRST_BLOCK
-            if newton or stretched:
-                _set_shift(row_shift, phi, exponent, n)
-                _set_shift(column_shift, gamma, exponent, m)
-                _row_products(kernel, column_weights, row_product, n)
-
-        # As in `_Sweeps.write`: the dual value, and the entropy by the plan's exponents.
-        dual = error = entropy = mass = 0.0
-        column_product[:m] = np.float32(0.0)
-        for i in range(n):
-            found = 0.0
-            logarithm = 0.0
-            for j in range(m):
-                entry = kernel[i, j] * row_weights[i] * column_weights[j]
-                plan[pair, rows[i], columns[j]] = entry
-                column_product[j] += entry
-                found += entry
-                logarithm += entry * (column[j] - reduced[i, j])
-            mass += found
-            potential = phi[i] + row[i]
-            wanted = _wanted(np.float64(a[i]), potential, softness)
-            error += abs(found - wanted)
-            entropy -= logarithm + found * (np.log(a[i]) + row[i]) - found * np.log(found)
-            dual += softness * (a[i] - wanted) if softness > 0 else a[i] * potential
-            source_potential[pair, rows[i]] = potential * epsilon[pair]
-        for j in range(m):
-            potential = gamma[j] + column[j]
-            wanted = _wanted(np.float64(b[j]), potential, softness)
-            error += abs(column_product[j] - wanted)
-            entropy -= column_product[j] * np.log(b[j])
-            dual += softness * (b[j] - wanted) if softness > 0 else b[j] * potential
-            target_potential[pair, columns[j]] = potential * epsilon[pair]
-        if softness > 0 or symmetric:
-            dual += 1 - mass
-        value[pair], marginal_error[pair], plan_entropy[pair] = epsilon[pair] * dual, error, entropy / mass
-        iterations[pair], converged[pair] = count, done
+        pair = _new_pair(rows.size, columns.size)
+        for i in range(rows.size):
+            pair.a[i] = source_marginal[index, rows[i]]
+        for j in range(columns.size):
+            pair.b[j] = target_marginal[index, columns[j]]
+        softness = tau[index] / epsilon[index]
+        _start(pair, cost[index], rows, columns, epsilon[index], symmetric)
+        iterations[index], converged[index] = _iterate(pair, softness, symmetric, max_iter, tol)
+        dual, error, entropy = _finish(pair, softness, symmetric, plan[index], rows, columns)
+        value[index], marginal_error[index], plan_entropy[index] = epsilon[index] * dual, error, entropy
+        for i in range(rows.size):
+            source_potential[index, rows[i]] = (pair.phi[i] + pair.row[i]) * epsilon[index]
+        for j in range(columns.size):
+            target_potential[index, columns[j]] = (pair.gamma[j] + pair.column[j]) * epsilon[index]
 
 
 def solve_compiled(problem: TransportProblem) -> TransportResult:
