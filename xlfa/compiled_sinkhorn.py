@@ -131,8 +131,7 @@ def _start(pair, cost, rows, columns, epsilon, symmetric):
     reduced, phi, gamma = pair.reduced, pair.phi, pair.gamma
     n, m = phi.size, gamma.size
     scale = 1 / np.float64(epsilon)
-    line = np.empty(m, dtype=np.float32)
-    gamma[:] = 0.0 if symmetric else np.inf
+    line, smallest = np.empty(m, dtype=np.float32), np.full(m, np.float32(0.0 if symmetric else np.inf))
     for i in range(n):
         _gather(line, cost[rows[i]], columns)
         base = 0.0 if symmetric else _smallest(line) * scale
@@ -141,10 +140,11 @@ def _start(pair, cost, rows, columns, epsilon, symmetric):
             reduced[i, j] = line[j] * scale - base
         if not symmetric:
             for j in range(m):
-                gamma[j] = min(gamma[j], np.float64(reduced[i, j]))
+                smallest[j] = min(smallest[j], reduced[i, j])
     for i in range(n):
         for j in range(m):
-            reduced[i, j] -= np.float32(gamma[j])
+            reduced[i, j] -= smallest[j]
+    gamma[:] = smallest
 
 
 # A minimum is vectorised only where NaN is ruled out, as the checks of `sinkhorn` do.
@@ -411,8 +411,11 @@ def _iterate(pair, softness, symmetric, max_iter, tol):
             age = 0
         due = count >= newton_after or (error < last_error / 2 and count >= NEWTON_AFTER)
         newton = due and error < NEWTON_BELOW and not symmetric
+        grown = min(LAST_BLOCK, block + block // 2)
+        # At the pace of the last block; looking is cheap here, so the last blocks are as short as they need be.
+        needed = block * np.log(error / tol) / np.log(last_error / error) if error < last_error < np.inf else np.inf
+        block = grown if needed > grown else max(FIRST_BLOCK, int(needed) + 1)
         last_error = error
-        block = min(LAST_BLOCK, block + block // 2)
         if newton or stretched:
             _absorb(pair)
             _build_kernel(pair, exponent)
