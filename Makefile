@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Both need Python 3.11 or newer and a package index.
+# `make quickstart`, `make test` and the long `make test-full`. All need Python 3.11 or newer and a package index.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 THREADS := $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml --num_cpu_threads_per_process $(THREADS)
 
-.PHONY: quickstart test
+.PHONY: quickstart test test-full
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[offline,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[offline,compiled,test]"
 	touch $@
 
 # Trains DLFA + OT on the embedded sample, scores every language, prints the tables and draws a figure; no network.
@@ -23,3 +23,9 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# What the default tests leave out, and the Triton kernel in Triton's interpreter (a package of a gigabyte).
+test-full: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[offline,compiled,triton,test]"
+	$(BIN)/python -m pytest -m "full or not full"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/test_sinkhorn_triton.py

@@ -156,8 +156,9 @@ def _solve_pair(
     a, b = tl.where(empty, 0.0, a), tl.where(empty, 0.0, b)
 
     row, column = tl.zeros_like(a), tl.zeros_like(b)
-    phi, gamma = row.to(tl.float64), column.to(tl.float64)
-    if not SYMMETRIC:
+    if SYMMETRIC:
+        phi, gamma = _half_diagonal(cost_ptr, a, i, n, epsilon), _half_diagonal(cost_ptr, b, j, n, epsilon)
+    else:
         phi, gamma = _c_transforms(cost_ptr, a, b, epsilon, n, m, SLAB)
     kernel = _build_kernel(cost_ptr, plan_ptr, phi, gamma, a, b, epsilon, n, m, SLAB)
 
@@ -231,6 +232,13 @@ def _c_transforms(cost_ptr, a, b, epsilon, n, m, SLAB: tl.constexpr):
         gamma = tl.minimum(gamma, tl.min(scaled - slab, 1, keep_dims=True))
         phi = _put(phi, slab, start)
     return phi.to(tl.float64), tl.where(b > 0, gamma, 0.0).to(tl.float64)
+
+
+@triton.jit
+def _half_diagonal(cost_ptr, marginal, index, n, epsilon):
+    """Potentials to start from for a sentence against itself: every diagonal entry of K is 1."""
+    diagonal = tl.load(cost_ptr + index * (n + 1), mask=index < n, other=0.0)
+    return tl.where(marginal > 0, diagonal, 0.0).to(tl.float64) / (2 * epsilon)
 
 
 @triton.jit

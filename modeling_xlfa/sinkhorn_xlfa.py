@@ -37,8 +37,8 @@ class TransportProblem:
         source_marginal, target_marginal: B x n and B x m, each row summing to 1; 0 where there is no token. A pair with
             an empty side has a row of zeros there: its value is 0.
         tau: B, absolute, > 0, strength of the soft marginals; None for hard ones.
-        symmetric: source and target are the same tokens with the same weights, and the cost is symmetric with a zero
-            diagonal: one potential serves both sides.
+        symmetric: source and target are the same tokens with the same weights, and the cost is symmetric: one potential
+            serves both sides.
         max_iter: most sweeps for a pair.
         tol: L1 error of the marginals at which a pair has converged.
     """
@@ -324,7 +324,7 @@ class _Sweeps:
         put("iterations", torch.full_like(index, count))
         put("marginal_error", error)
         put("converged", converged[mask])
-        put("plan_entropy", -(logarithm + torch.special.entr(rows).sum(1)) / mass)
+        put("plan_entropy", -(logarithm + torch.special.entr(rows).sum(1)) / mass.clamp(min=TINY))
         put("plan", plan)
 
     def _missing_mass(self, mass: torch.Tensor) -> torch.Tensor:
@@ -346,10 +346,11 @@ class _SymmetricSweeps(_Sweeps):
     """
 
     def start(self, scaled: torch.Tensor) -> None:
-        """Zero potentials: on the diagonal, where the cost is zero, they are right at epsilon → 0."""
+        """Half the diagonal as potentials, which makes it 0 in R: the solution's form at epsilon → 0."""
         valid = (self.a > 0).transpose(1, 2) & (self.b > 0)
-        self.reduced = torch.where(valid, scaled, 0)
-        self.phi = self.gamma = torch.zeros_like(self.a, dtype=torch.float64)
+        half = torch.where(self.a > 0, scaled.diagonal(dim1=1, dim2=2).unsqueeze(1) / 2, 0)
+        self.reduced = torch.where(valid, scaled - half - half.transpose(1, 2), 0)
+        self.phi = self.gamma = half.double()
 
     def run(self, count: int) -> None:
         """`count` averaged updates."""

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Solvers by name. A package around these files may add its own: see `sinkhorn`.
 BACKENDS: dict[str, Callable[[TransportProblem], TransportResult]] = {"torch": solve_with_torch}
-# Equal costs have no spread to measure epsilon in. The floor is above their rounding only.
-SMALLEST_UNIT = 1e-6
+# Below this part of the mean cost, its spread is rounding: equal costs have none to measure epsilon in.
+SMALLEST_SPREAD = 1e-6
 
 
 def pairwise_cost(source: torch.Tensor, target: torch.Tensor, cost: str = "cosine") -> torch.Tensor:
@@ -97,6 +97,13 @@ def cost_scale(
     return (rows_valid @ centred.square_() @ columns_valid / (row_count * column_count)).sqrt().view(-1)
 
 
+def _unit_or_mean(cost: torch.Tensor, source_mask: torch.Tensor, target_mask: torch.Tensor, scale: str) -> torch.Tensor:
+    """The unit of epsilon, B; where the costs of a pair are all equal, their mean; where they are all 0, 1."""
+    unit = cost_scale(cost, source_mask, target_mask, scale)
+    mean = cost_scale(cost, source_mask, target_mask, "mean").abs()
+    return torch.where(unit > SMALLEST_SPREAD * mean, unit, torch.where(mean > 0, mean, 1))
+
+
 def _valid_entries(source_mask: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
     """B x n x m, true where both tokens are."""
     return source_mask.bool().unsqueeze(2) & target_mask.bool().unsqueeze(1)
@@ -142,9 +149,10 @@ def sinkhorn(
         return_plan: also return the plan, B x n x m.
         source_marginal, target_marginal: B x n and B x m, each row summing to 1 over its mask; by default uniform.
         tau: strength of the soft marginals, > 0, in units of `epsilon_scale`; None for hard ones.
-        symmetric: source and target are the same tokens (cost symmetric with a zero diagonal): the averaged symmetric
-            fixed point of Feydy et al. (section 3.1) replaces the alternating updates.
-        epsilon_scale: see `cost_scale`.
+        symmetric: source and target are the same tokens, so the cost is symmetric: the averaged symmetric fixed point
+            of Feydy et al. (section 3.1) replaces the alternating updates.
+        epsilon_scale: see `cost_scale`; where all costs of a pair are equal, and so have no spread, their mean is the
+            unit.
         backend: `"torch"` runs everywhere; `"triton"` needs a GPU and at most 256 tokens a side; `"compiled"` is there
             once `xlfa.compiled_sinkhorn` is imported; `"auto"` takes the fastest that is there.
 
@@ -154,7 +162,7 @@ def sinkhorn(
     """
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
         clean = _finite_cost(cost, source_mask, target_mask)
-        unit = cost_scale(clean, source_mask, target_mask, epsilon_scale).clamp(min=SMALLEST_UNIT)
+        unit = _unit_or_mean(clean, source_mask, target_mask, epsilon_scale)
         problem = TransportProblem(
             cost=clean,
             epsilon=_positive("epsilon", epsilon, unit),

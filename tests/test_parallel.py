@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from xlfa.errors import XLFAError
-from xlfa.parallel import PairSampler, load_parallel
+from xlfa.parallel import PairSampler, load_parallel, read_piece_weights
 
 LANGUAGES = ("de", "fr", "th", "vi")
 
@@ -163,3 +163,24 @@ def test_an_unknown_piece_is_a_token_of_its_sentence(tokenizer):
     assert batch["target_input_ids"][0, 1] == tokenizer.unk_token_id
     assert batch["target_special_tokens_mask"].tolist() == [[1, 0, 1]]
     assert batch["source_special_tokens_mask"].tolist() == [[1, 0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[1, 2]", "must hold a JSON object"),
+        ("{}", "must hold a JSON object"),
+        ('{"e": -1}', "the weight of 'e' is -1; it must be a finite number >= 0"),
+        ('{"e": NaN}', "the weight of 'e' is nan"),
+        ('{"e": "high"}', "the weight of 'e' is 'high'"),
+        ('{"e": true}', "the weight of 'e' is True"),
+        ('{"no such piece": 1}', "names no piece of the tokenizer"),
+    ],
+)
+def test_bad_piece_weights_are_named(tiny_encoder, tmp_path, content, message):
+    path = tmp_path / "idf.json"
+    path.write_text(content)
+    with pytest.raises(XLFAError, match="--ot_idf_file") as error:
+        read_piece_weights(str(path), AutoTokenizer.from_pretrained(tiny_encoder), 99)
+    assert message in str(error.value)

@@ -1,5 +1,6 @@
 """Training: gradients under accumulation, resuming, the log, what a run folder holds, and bad input."""
 
+import importlib.util
 import json
 import shutil
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, DataCollatorWithPadding, TrainerCallback
 
 from modeling_xlfa import XLFAForSequenceClassification
+from modeling_xlfa.transport_xlfa import BACKENDS
 from xlfa.arguments import XLFATrainingArguments
 from xlfa.errors import XLFAError
 from xlfa.parallel import PairSampler
@@ -166,6 +168,35 @@ def test_idf_weights_come_from_the_parallel_text(tiny_encoder, tmp_path):
     assert idf.shape == (99,) and 1 < idf[8] < idf[39]
 
 
+def test_idf_weights_come_from_a_file_where_one_is_given(tiny_encoder, tmp_path):
+    weights = tmp_path / "idf.json"
+    weights.write_text(json.dumps({"e": 0.5, "t": 0, "9": 7.25, "not-a-piece": 3}))
+    train_on_sample(
+        tiny_encoder, tmp_path / "run", "--ot_marginals", "idf", "--ot_idf_file", str(weights), "--max_steps", "1"
+    )
+    idf = load_file(tmp_path / "run" / "model.safetensors")["xlfa.ot_idf"]
+    vocabulary = AutoTokenizer.from_pretrained(tiny_encoder).get_vocab()
+    assert [idf[vocabulary[piece]].item() for piece in "et9"] == [0.5, 0.0, 7.25]
+    # A piece that the file does not name counts as the rarest.
+    assert idf[vocabulary["a"]] == 7.25
+
+
+def test_pairs_that_did_not_converge_are_reported(tiny_encoder, tmp_path, caplog):
+    flags = ["--ot_max_iter", "1", "--ot_epsilon", "0.003", "--max_steps", "2", "--save_strategy", "no"]
+    train_on_sample(tiny_encoder, tmp_path / "run", *flags)
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["ot_not_converged"] > 0.5 and history[0]["ot_marginal_error"] > 1e-3
+    message = next(record.getMessage() for record in caplog.records if "did not converge" in record.getMessage())
+    assert "within 1 sweeps" in message and "--ot_max_iter" in message
+
+
+def test_training_takes_the_compiled_solver_where_it_is_installed(finished_run):
+    if importlib.util.find_spec("numba") is None:
+        pytest.skip('the extra "compiled" (numba) is not installed')
+    assert "compiled" in BACKENDS
+    assert "numba" in json.loads((finished_run / RUN_FILE).read_text())["versions"]
+
+
 def test_an_earlier_run_is_not_overwritten(tiny_encoder, finished_run):
     with pytest.raises(XLFAError, match="holds an earlier run"):
         train_on_sample(tiny_encoder, finished_run)
@@ -196,6 +227,8 @@ def test_an_earlier_run_is_not_overwritten(tiny_encoder, finished_run):
         (["--encoder_config", '{"no_such_field": 1}'], "no field 'no_such_field'"),
         (["--resume_from_checkpoint", "true"], "there is no checkpoint"),
         (["--resume_from_checkpoint", "/tmp"], "not a training checkpoint"),
+        (["--ot_idf_file", "idf.json"], "--ot_idf_file idf.json is read only with"),
+        (["--ot_marginals", "idf", "--ot_idf_file", "/nowhere.json"], "--ot_idf_file /nowhere.json: No such file"),
         (["--no_such_flag", "1"], "unknown argument --no_such_flag"),
     ],
 )

@@ -1,64 +1,26 @@
-"""The transport solver against POT in float64, its gradient, and its edge cases."""
+"""The transport term around its solvers: costs, units of epsilon, limits, gradients, options, and bad input."""
+
+import sys
+import types
 
 import numpy as np
 import ot
 import pytest
 import torch
+from transport_data import padded_batch, pot_solution
 
-from modeling_xlfa.transport_xlfa import alignment_loss, cost_scale, exact_plan, pairwise_cost, product_plan, sinkhorn
+from modeling_xlfa import transport_xlfa
+from modeling_xlfa.transport_xlfa import (
+    BACKENDS,
+    alignment_loss,
+    cost_scale,
+    exact_plan,
+    pairwise_cost,
+    product_plan,
+    sinkhorn,
+)
 
 EPSILONS = [0.01, 0.03, 0.1, 1.0, 10.0]
-
-
-def clustered_pair(seed, source_length, target_length, size=24):
-    """Tokens around few centres: the case that needs many sweeps at small epsilon."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(4, size, generator=generator)
-    sides = []
-    for length in (source_length, target_length):
-        chosen = torch.randint(0, 4, (length,), generator=generator)
-        sides.append(centres[chosen] + 0.4 * torch.randn(length, size, generator=generator))
-    return sides
-
-
-def padded_batch(lengths, seed=0, pad_value=0.0):
-    """Pairs of the given (source, target) lengths, padded; states and masks of both sides."""
-    pairs = [clustered_pair(seed + index, *both) for index, both in enumerate(lengths)]
-    result = []
-    for side in (0, 1):
-        longest = max(both[side] for both in lengths)
-        states = torch.full((len(pairs), longest, pairs[0][0].shape[1]), pad_value)
-        mask = torch.zeros(len(pairs), longest, dtype=torch.long)
-        for index, pair in enumerate(pairs):
-            states[index, : len(pair[side])] = pair[side]
-            mask[index, : len(pair[side])] = 1
-        result += [states, mask]
-    return result
-
-
-def pot_solution(cost, epsilon):
-    cost = np.asarray(cost, dtype=np.float64)
-    return ot.solve(cost, reg=float(epsilon), reg_type="KL", max_iter=20_000, tol=1e-8)
-
-
-@pytest.mark.filterwarnings("ignore:.*(overflow|converge).*")
-@pytest.mark.parametrize("epsilon", EPSILONS)
-@pytest.mark.parametrize("cost", ["cosine", "sqeuclidean"])
-def test_value_and_plan_equal_pot_in_float64(cost, epsilon):
-    lengths = [(8, 15), (14, 11), (12, 12)]
-    source, source_mask, target, target_mask = padded_batch(lengths)
-    matrix = pairwise_cost(source, target, cost).requires_grad_()
-    unit = cost_scale(matrix, source_mask, target_mask)
-    result = sinkhorn(matrix, epsilon * unit, source_mask, target_mask, max_iter=50_000, tol=1e-5, return_plan=True)
-    assert result.converged.all() and (result.marginal_error < 2e-5).all()
-    result.value.sum().backward()
-    for index, (n, m) in enumerate(lengths):
-        reference = pot_solution(matrix[index, :n, :m].detach(), epsilon * unit[index])
-        assert result.value[index].item() == pytest.approx(float(reference.value), rel=1e-4)
-        plan = torch.as_tensor(reference.plan)
-        for found in (result.plan[index], matrix.grad[index]):
-            assert torch.linalg.norm(found[:n, :m].double() - plan) < 1e-3 * torch.linalg.norm(plan)
-            assert found[n:].abs().sum() == 0 and found[:, m:].abs().sum() == 0
 
 
 def test_gradient_equals_finite_differences():
@@ -148,14 +110,6 @@ def test_more_epsilon_means_more_entropy_and_a_larger_value():
     assert values == sorted(values) and entropies == sorted(entropies)
 
 
-def test_a_pair_that_did_not_converge_says_so():
-    source, source_mask, target, target_mask = padded_batch([(30, 30), (2, 2)])
-    _, result = alignment_loss(source, target, source_mask, target_mask, epsilon=0.003, max_iter=3)
-    assert result.converged.tolist() == [False, True] or not result.converged[0]
-    assert result.marginal_error[0] > 1e-3 and result.iterations[0] == 3
-    assert torch.isfinite(result.value).all()
-
-
 def test_empty_one_token_identical_and_equal_cost_pairs():
     source = torch.randn(4, 5, 8)
     target = source.clone()
@@ -191,40 +145,6 @@ def test_epsilon_must_be_positive_and_finite(epsilon):
         sinkhorn(torch.rand(1, 2, 2), epsilon, mask, mask)
 
 
-def test_half_precision_states_give_a_float32_solve():
-    source, source_mask, target, target_mask = padded_batch([(12, 15)])
-    rounded = source.bfloat16(), target.bfloat16()
-    _, half = alignment_loss(*rounded, source_mask, target_mask, epsilon=0.05, tol=1e-5)
-    _, full = alignment_loss(rounded[0].double(), rounded[1].double(), source_mask, target_mask, epsilon=0.05, tol=1e-5)
-    assert half.value.dtype == torch.float32
-    assert half.value.item() == pytest.approx(full.value.item(), rel=1e-4)
-
-
-def generalised_kl(plan, reference):
-    return (torch.special.xlogy(plan, plan / reference) - plan + reference).sum()
-
-
-@pytest.mark.filterwarnings("ignore:.*(overflow|converge|numerical).*")
-@pytest.mark.parametrize("tau", [0.05, 1.0])
-@pytest.mark.parametrize("epsilon", [0.05, 1.0])
-def test_unbalanced_plan_and_value_equal_pot(epsilon, tau):
-    """The value is compared at POT's plan: the `value` that POT 0.9.7 reports for soft marginals is zero."""
-    n, m = 12, 17
-    source, source_mask, target, target_mask = padded_batch([(n, m), (20, 9)])
-    matrix = pairwise_cost(source, target).requires_grad_()
-    result = sinkhorn(matrix, epsilon, source_mask, target_mask, 20_000, 1e-6, return_plan=True, tau=tau)
-    block = matrix[0, :n, :m].detach().double()
-    options = {"reg_type": "KL", "unbalanced": tau, "unbalanced_type": "KL", "max_iter": 100_000, "tol": 1e-12}
-    plan = torch.as_tensor(ot.solve(block.numpy(), reg=epsilon, **options).plan)
-    a, b = torch.full((n,), 1 / n, dtype=torch.float64), torch.full((m,), 1 / m, dtype=torch.float64)
-    value = (plan * block).sum() + epsilon * generalised_kl(plan, a.unsqueeze(1) * b)
-    value += tau * (generalised_kl(plan.sum(1), a) + generalised_kl(plan.sum(0), b))
-    assert result.value[0].item() == pytest.approx(value.item(), rel=1e-4)
-    result.value.sum().backward()
-    for found in (result.plan[0], matrix.grad[0]):
-        assert torch.linalg.norm(found[:n, :m].double() - plan) < 1e-3 * torch.linalg.norm(plan)
-
-
 def test_unbalanced_with_a_large_tau_is_balanced():
     source, source_mask, target, target_mask = padded_batch([(12, 17)])
     options = {"epsilon": 0.3, "tol": 1e-6}
@@ -252,16 +172,6 @@ def test_the_divergence_combines_three_values_of_pot(epsilon):
         for p, q in ((x, y), (x, x), (y, y))
     )
     assert loss.item() == pytest.approx(between - (first + second) / 2, abs=1e-4 * between)
-
-
-def test_the_divergence_is_zero_on_identical_sentences_and_never_negative():
-    source, source_mask, target, target_mask = padded_batch([(12, 17), (9, 9), (1, 3)])
-    for epsilon in (0.05, 0.5, 5.0):
-        options = {"epsilon": epsilon, "debiased": True, "tol": 1e-5}
-        _, same = alignment_loss(source, source, source_mask, source_mask, **options)
-        _, different = alignment_loss(source, target, source_mask, target_mask, **options)
-        torch.testing.assert_close(same.value, torch.zeros(3), atol=1e-5, rtol=0)
-        assert (different.value > -1e-6).all()
 
 
 def test_the_gradient_of_the_divergence_equals_finite_differences():
@@ -312,3 +222,151 @@ def test_a_nan_is_an_error_in_the_closed_forms_too(solver):
     source[0, 1, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         alignment_loss(source, target, source_mask, target_mask, solver=solver)
+
+
+def test_marginals_carry_no_gradient():
+    source, source_mask, target, target_mask = padded_batch([(4, 6)])
+    marginals = [(mask / mask.sum(1, keepdim=True)).requires_grad_() for mask in (source_mask, target_mask)]
+    source.requires_grad_()
+    alignment_loss(
+        source, target, source_mask, target_mask, source_marginal=marginals[0], target_marginal=marginals[1]
+    )[0].backward()
+    assert source.grad.abs().sum() > 0 and marginals[0].grad is None and marginals[1].grad is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.tensor([[0.5, 0.6, -0.1]]), torch.tensor([[0.5, 0.1, 0.1]]), torch.tensor([[float("nan"), 1.0, 0.0]])],
+)
+def test_a_marginal_that_is_no_distribution_is_an_error(wrong):
+    mask = torch.ones(1, 3)
+    for solve in (product_plan, exact_plan):
+        with pytest.raises(ValueError, match="marginal of pair 0 must be >= 0 and sum to 1"):
+            solve(torch.rand(1, 3, 3), mask, mask, wrong)
+    with pytest.raises(ValueError, match="marginal of pair 0 must be >= 0 and sum to 1"):
+        sinkhorn(torch.rand(1, 3, 3), 0.1, mask, mask, target_marginal=wrong)
+
+
+def test_the_error_about_a_nan_names_its_place():
+    source, source_mask, target, target_mask = padded_batch([(4, 4), (5, 3)])
+    target[1, 2, 0] = float("nan")
+    with pytest.raises(ValueError, match="pair 1, source token 0, target token 2"):
+        alignment_loss(source, target, source_mask, target_mask)
+
+
+@pytest.mark.parametrize("cost", ["cosine", "sqeuclidean"])
+@pytest.mark.parametrize("options", [{}, {"debiased": True}, {"center": True}, {"tau": 0.5}])
+def test_zero_vectors_and_duplicated_tokens_have_finite_values_and_gradients(cost, options):
+    source, source_mask, target, target_mask = padded_batch([(6, 7), (5, 5)])
+    source[0, 1] = source[0, 2]
+    target[0, 3:5] = source[0, :2]
+    source[1], target[1, 2] = 0.0, 0.0
+    source.requires_grad_()
+    loss, result = alignment_loss(source, target, source_mask, target_mask, 0.1, cost=cost, **options)
+    loss.backward()
+    assert result.converged.all() and torch.isfinite(result.value).all() and torch.isfinite(source.grad).all()
+    assert source.grad.abs().max() < 10
+    if cost == "cosine" and options == {}:
+        # A zero vector is as far from everything as a right angle, and its direction is nobody's business.
+        assert result.value[1].item() == pytest.approx(1.0) and source.grad[1].abs().sum() == 0
+
+
+def test_squared_distances_do_not_depend_on_the_origin():
+    source, target = torch.randn(2, 5, 8), torch.randn(2, 6, 8)
+    near = pairwise_cost(source, target, "sqeuclidean")
+    far = pairwise_cost(source + 300, target + 300, "sqeuclidean")
+    torch.testing.assert_close(near, torch.cdist(source, target).square() / 2, rtol=1e-4, atol=1e-4)
+    # What is lost is lost when 300 is added: 2e-5 of each coordinate.
+    torch.testing.assert_close(far, near, rtol=1e-3, atol=1e-3)
+
+
+def test_the_closed_forms_have_the_potentials_of_their_limits():
+    source, source_mask, target, target_mask = padded_batch([(9, 7), (4, 8)])
+    matrix = pairwise_cost(source, target)
+    exact, product = (solve(matrix, source_mask, target_mask) for solve in (exact_plan, product_plan))
+    for result in (exact, product):
+        a, b = (mask / mask.sum(1, keepdim=True) for mask in (source_mask, target_mask))
+        dual = (a * result.source_potential).sum(1) + (b * result.target_potential).sum(1)
+        torch.testing.assert_close(dual, result.value, rtol=1e-5, atol=1e-6)
+    slack = matrix - exact.source_potential.unsqueeze(2) - exact.target_potential.unsqueeze(1)
+    assert (slack[0, :9, :7] > -1e-6).all() and (slack * exact.plan).abs().max() < 1e-6
+    large = sinkhorn(matrix, 1e3, source_mask, target_mask, tol=1e-7)
+    for found, limit in ((large.source_potential, product.source_potential),):
+        difference = (found - limit)[0, :9]
+        torch.testing.assert_close(difference, difference.mean().expand(9), rtol=0, atol=2e-3)
+
+
+def test_a_sentence_is_at_no_distance_from_itself_without_regularisation():
+    source, source_mask, target, target_mask = padded_batch([(9, 7)])
+    options = {"solver": "exact"}
+    plain, _ = alignment_loss(source, target, source_mask, target_mask, **options)
+    debiased, _ = alignment_loss(source, target, source_mask, target_mask, debiased=True, **options)
+    same, _ = alignment_loss(source, source, source_mask, source_mask, debiased=True, **options)
+    assert debiased.item() == plain.item() > 0 and same.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_exact_without_pot_is_a_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ot", None)
+    mask = torch.ones(1, 2)
+    with pytest.raises(ImportError, match='ot_solver="exact" needs the package POT: pip install POT'):
+        exact_plan(torch.rand(1, 2, 2), mask, mask)
+
+
+def test_a_back_end_that_is_not_there_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(transport_xlfa, "BACKENDS", {"torch": BACKENDS["torch"]})
+    mask = torch.ones(1, 2)
+    with pytest.raises(ValueError, match="backend='compiled' is not there, only 'auto', 'torch'"):
+        sinkhorn(torch.rand(1, 2, 2), 0.1, mask, mask, backend="compiled")
+
+
+def test_auto_takes_the_compiled_back_end_where_it_is_there(monkeypatch):
+    taken = []
+    for backends in ({"torch"}, {"torch", "compiled"}):
+        table = {name: lambda problem, name=name: taken.append(name) or BACKENDS["torch"](problem) for name in backends}
+        monkeypatch.setattr(transport_xlfa, "BACKENDS", table)
+        alignment_loss(*(torch.rand(1, 3, 4), torch.rand(1, 2, 4)), torch.ones(1, 3), torch.ones(1, 2))
+    assert taken == ["torch", "compiled"]
+
+
+@pytest.mark.parametrize("failure", ["raises", "is wrong"])
+def test_a_triton_that_fails_its_check_is_not_taken(monkeypatch, caplog, failure):
+    def broken(problem):
+        if failure == "raises":
+            raise RuntimeError("no C compiler")
+        result = BACKENDS["torch"](problem)
+        result.plan = result.plan * 1.01
+        return result
+
+    module = types.ModuleType("modeling_xlfa.sinkhorn_triton_xlfa")
+    module.solve_with_triton = broken
+    monkeypatch.setitem(sys.modules, "modeling_xlfa.sinkhorn_triton_xlfa", module)
+    monkeypatch.setattr(transport_xlfa, "BACKENDS", dict(BACKENDS))
+    transport_xlfa._add_triton.cache_clear()
+    transport_xlfa._add_triton(torch.device("cpu"))
+    transport_xlfa._add_triton.cache_clear()
+    assert "triton" not in transport_xlfa.BACKENDS
+    assert "the Triton back end fails its check on cpu; torch solves instead" in caplog.text
+
+
+def test_epsilon_has_one_unit_whatever_the_cost_is_multiplied_by():
+    source, source_mask, target, target_mask = padded_batch([(9, 7), (4, 8)])
+    matrix = pairwise_cost(source, target)
+    for scale in ("centered_std", "std", "mean", "max"):
+        results = [
+            sinkhorn(cost, 0.2, source_mask, target_mask, tol=1e-6, return_plan=True, epsilon_scale=scale)
+            for cost in (matrix, 50 * matrix)
+        ]
+        torch.testing.assert_close(results[0].plan, results[1].plan, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(50 * results[0].epsilon, results[1].epsilon)
+
+
+def test_adding_row_and_column_terms_leaves_plan_and_unit_alone():
+    source, source_mask, target, target_mask = padded_batch([(9, 7)])
+    matrix = pairwise_cost(source, target)
+    shifted = matrix + torch.rand(1, 9, 1) + torch.rand(1, 1, 7)
+    results = [
+        sinkhorn(cost, 0.2, source_mask, target_mask, tol=1e-6, return_plan=True, epsilon_scale="centered_std")
+        for cost in (matrix, shifted)
+    ]
+    torch.testing.assert_close(results[0].epsilon, results[1].epsilon, rtol=1e-4, atol=0)
+    torch.testing.assert_close(results[0].plan, results[1].plan, rtol=1e-2, atol=1e-5)

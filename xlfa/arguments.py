@@ -90,6 +90,9 @@ class DataArguments:
     parallel_filter: list[str] | None = option("column=value; only pairs for which all filters hold.")
     parallel_pairs_per_language: int | None = option("Use a seeded sample of that many pairs a language.")
     parallel_max_length: int = option("Pairs with a longer side, in tokens, are left out.", 128)
+    ot_idf_file: str | None = option(
+        "JSON object {piece: weight} for --ot_marginals idf; by default counted on the parallel text."
+    )
 
 
 @dataclass

@@ -127,14 +127,17 @@ def _new_pair(n, m):
 
 @jit
 def _start(pair, cost, rows, columns, epsilon, symmetric):
-    """R by c-transforms, or by zero potentials for a sentence against itself (see `_Sweeps.start`)."""
+    """R by c-transforms, or by half the diagonal for a sentence against itself, as `start` of the torch classes."""
     reduced, phi, gamma = pair.reduced, pair.phi, pair.gamma
     n, m = phi.size, gamma.size
     scale = 1 / np.float64(epsilon)
-    line, smallest = np.empty(m, dtype=np.float32), np.full(m, np.float32(0.0 if symmetric else np.inf))
+    line, smallest = np.empty(m, dtype=np.float32), np.full(m, np.float32(np.inf))
+    if symmetric:
+        for j in range(m):
+            smallest[j] = cost[rows[j], columns[j]] * scale / 2
     for i in range(n):
         _gather(line, cost[rows[i]], columns)
-        base = 0.0 if symmetric else _smallest(line) * scale
+        base = np.float64(smallest[i]) if symmetric else _smallest(line) * scale
         phi[i] = base
         for j in range(m):
             reduced[i, j] = line[j] * scale - base
@@ -461,7 +464,7 @@ def _finish(pair, softness, symmetric, plan, rows, columns):
     # Hard marginals of the columns have just been met: what mass is missing there is rounding.
     if softness > 0 or symmetric:
         dual += 1 - mass
-    return dual, error, entropy / mass
+    return dual, error, entropy / max(mass, TINY)
 
 
 @jit

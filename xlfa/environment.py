@@ -2,12 +2,15 @@
 
 import platform
 from importlib import metadata
+from importlib.util import find_spec
 
 import torch
 
 import xlfa
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers", "huggingface_hub")
+# Installed or not, by the user's choice of extras.
+OPTIONAL_PACKAGES = ("numba", "triton")
 
 
 def describe_threads() -> str:
@@ -17,8 +20,9 @@ def describe_threads() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of python, xlfa and the packages that results depend on."""
+    installed = [name for name in OPTIONAL_PACKAGES if find_spec(name) is not None]
     return {
         "python": platform.python_version(),
         "xlfa": xlfa.__version__,
-        **{name: metadata.version(name) for name in PACKAGES},
+        **{name: metadata.version(name) for name in (*PACKAGES, *installed)},
     }

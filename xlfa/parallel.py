@@ -1,7 +1,10 @@
 """Parallel sentences for the alignment term: loading, filtering, and a draw that depends on seed and step alone."""
 
+import json
 import logging
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -151,3 +154,34 @@ class PairSampler:
             inputs[f"{side}_attention_mask"] = padded["attention_mask"]
             inputs[f"{side}_special_tokens_mask"] = torch.isin(padded["input_ids"], special).long()
         return inputs
+
+
+def read_piece_weights(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
+    """Weights of the pieces for `ot_marginals="idf"` from a JSON object {piece: weight}, shape (vocab_size,).
+
+    A piece that the file does not name counts as the rarest: it has the file's largest weight.
+
+    Raises:
+        XLFAError: for a file that is no such object, a weight that is negative or not finite, or a file that names no
+            piece of the tokenizer.
+    """
+    place = f"--ot_idf_file {path}"
+    try:
+        weights = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise XLFAError(f"{place}: {error.strerror}") from None
+    except ValueError as error:
+        raise XLFAError(f"{place} is not valid JSON: {error}") from None
+    if not isinstance(weights, dict) or not weights:
+        raise XLFAError(f"{place} must hold a JSON object of pieces and their weights")
+    for piece, weight in weights.items():
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 <= weight < math.inf:
+            raise XLFAError(f"{place}: the weight of {piece!r} is {weight!r}; it must be a finite number >= 0")
+    vocabulary = tokenizer.get_vocab()
+    known = [piece for piece in weights if piece in vocabulary]
+    if not known:
+        raise XLFAError(f"{place} names no piece of the tokenizer, such as {next(iter(vocabulary))!r}")
+    logger.info("%s: weights of %d pieces, %d of them in the vocabulary", place, len(weights), len(known))
+    result = torch.full((vocab_size,), float(max(weights.values())))
+    result[[vocabulary[piece] for piece in known]] = torch.tensor([float(weights[piece]) for piece in known])
+    return result

@@ -26,7 +26,7 @@ from xlfa.backbones import resolve_encoder
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError, exit_with_message
 from xlfa.files import write_text
-from xlfa.parallel import SOURCE_LANGUAGE, PairSampler, load_parallel
+from xlfa.parallel import SOURCE_LANGUAGE, PairSampler, load_parallel, read_piece_weights
 from xlfa.prediction import predict
 from xlfa.tasks import Task, get_task
 from xlfa.vocabulary import trim_vocabulary
@@ -132,9 +132,12 @@ class XLFATrainer(Trainer):
                 logs[name] = mean
             if logs.get("ot_not_converged", 0) > 0:
                 logger.warning(
-                    "step %d: %.2g of the pairs did not converge within ot_max_iter sweeps",
+                    "step %d: %.2g of the pairs since the last line of the log did not converge within %d sweeps (mean "
+                    "marginal error %.2g): raise --ot_max_iter, --ot_tol or --ot_epsilon",
                     self.state.global_step,
                     logs["ot_not_converged"],
+                    self.accelerator.unwrap_model(self.model).config.ot_max_iter,
+                    logs["ot_marginal_error"],
                 )
             self._part_sums, self._part_counts = {}, {}
         super().log(logs, start_time)
@@ -210,6 +213,10 @@ def train(
     )
     validation_rows = task.load_validation(data_args.train_dataset, data_args.data_root, data_args.max_eval_examples)
     aligned = (model_args.ot_weight or 0) > 0
+    if data_args.ot_idf_file is not None and not (aligned and model_args.ot_marginals == "idf"):
+        raise XLFAError(
+            f"--ot_idf_file {data_args.ot_idf_file} is read only with --ot_weight > 0 and --ot_marginals idf"
+        )
     pair_texts = load_pair_texts(task, data_args, training_args.seed) if aligned else {}
     encoder = resolve_encoder(model_args.model)
     with naming_model(model_args.model):
@@ -223,10 +230,11 @@ def train(
 
     pair_sampler = None
     if aligned:
+        use_compiled_solver()
         pair_seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
         pair_sampler = PairSampler.from_texts(pair_texts, tokenizer, data_args.parallel_max_length, pair_seed)
         if model.config.ot_marginals == "idf":
-            model.base_model.ot_idf.copy_(pair_sampler.inverse_document_frequencies(len(model.base_model.ot_idf)))
+            fill_idf(model.base_model.ot_idf, pair_sampler, data_args.ot_idf_file)
 
     trainer = XLFATrainer(
         model=model,
@@ -315,6 +323,22 @@ def load_pair_texts(task: Task, data_args: DataArguments, seed: int) -> dict[str
         data_args.parallel_pairs_per_language,
         seed,
     )
+
+
+def use_compiled_solver() -> None:
+    """Let the transport term use the compiled back end on the CPU, where numba is installed."""
+    try:
+        import xlfa.compiled_sinkhorn  # noqa: F401  (adds itself to the back ends)
+    except ModuleNotFoundError:
+        logger.info("transport solver: torch; on a CPU, `pip install xlfa[compiled]` makes it several times faster")
+
+
+def fill_idf(table: torch.Tensor, pair_sampler: PairSampler, path: str | None) -> None:
+    """Fill the model's table of piece weights from the file, or else from the parallel text."""
+    if path is None:
+        table.copy_(pair_sampler.inverse_document_frequencies(len(table)))
+    else:
+        table.copy_(read_piece_weights(path, pair_sampler.tokenizer, len(table)))
 
 
 def vocabulary_texts(
