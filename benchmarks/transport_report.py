@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import shlex
 import statistics
+import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -172,6 +173,9 @@ def header(options: argparse.Namespace) -> dict[str, str]:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{package} not installed")
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
     gpu = f"; {torch.cuda.get_device_name()}" if options.device == "cuda" else ""
     sizes = [
         f"{name}: B {SETTINGS[name].pairs}, {SETTINGS[name].tokens} tokens, d {SETTINGS[name].width}"
@@ -182,6 +186,7 @@ def header(options: argparse.Namespace) -> dict[str, str]:
         "machine": f"{(names or ['unknown processor'])[0].strip()}, {os.cpu_count()} cores{gpu}",
         "threads": f"{torch.get_num_threads()}",
         "versions": ", ".join(versions),
+        "commit": commit.stdout.strip() or "not a git checkout",
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "settings": "; ".join(sizes),
         "stopping": f"marginal L1 error {options.tol:g}, float32",
