@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import NullFormatter
 from transformers import AutoModel, AutoTokenizer
 from transport_cases import SETTINGS, Batch, make_batch
 
@@ -93,6 +94,9 @@ def main() -> None:
         axis.set(xscale="log", yscale=scale, xlabel="epsilon, in standard deviations of the centred cost", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize=8)
+    axes[1].set_yticks([1, 2, 5, 10, 20, 50, 100], minor=False)
+    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_formatter(NullFormatter())
     with replacing(output) as temporary:
         figure.savefig(temporary, dpi=130)
     for kind, found in kinds.items():
