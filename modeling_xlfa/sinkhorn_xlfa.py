@@ -110,12 +110,14 @@ def solve_with_torch(problem: TransportProblem) -> TransportResult:
             [done.any(), done.all(), stretched.any(), newton.any()]
         ).tolist()
         if all_done or count >= problem.max_iter:
-            state.write(result, active, torch.ones_like(done), done, count)
+            state.write(result, active, done, count)
             return result
         if any_done:
-            state.write(result, active, done, done, count)
-            active, newton = active[~done], newton[~done]
-            state.keep(~done)
+            # Indices, not masks: on a GPU, every choice by a mask would wait for the device.
+            finished, unfinished = torch.nonzero(done).squeeze(1), torch.nonzero(~done).squeeze(1)
+            state.chosen(finished).write(result, active[finished], done[finished], count)
+            active, newton = active[unfinished], newton[unfinished]
+            state = state.chosen(unfinished)
         if any_newton or any_stretched:
             state.absorb()
         if any_newton:
@@ -183,11 +185,13 @@ class _Sweeps:
         self.row, self.column = torch.zeros_like(self.a), torch.zeros_like(self.b)
         self.row_product = self.b @ self.transposed
 
-    def keep(self, mask: torch.Tensor) -> None:
-        """Go on with these pairs only."""
+    def chosen(self, index: torch.Tensor) -> "_Sweeps":
+        """The same for these pairs only."""
+        part = copy.copy(self)
         for name, value in vars(self).items():
             if value is not None:
-                setattr(self, name, value[mask])
+                setattr(part, name, value[index])
+        return part
 
     def run(self, count: int) -> None:
         """`count` updates of both scalings, over-relaxed but for the last, so that the columns are met exactly."""
@@ -286,44 +290,37 @@ class _Sweeps:
         self.age[index] = 0
         self.build_kernel()
 
-    def write(
-        self, result: TransportResult, active: torch.Tensor, mask: torch.Tensor, converged: torch.Tensor, count: int
-    ) -> None:
-        """Put what is known of the pairs in `mask` (k) into their places `active[mask]` of the result."""
-        index = active[mask]
-        whole = len(index) == len(result.value)
-        done = self if len(index) == len(active) else copy.copy(self)
-        if done is not self:
-            done.keep(mask)
-        row, column = done._on_tokens()
-        plan = done.kernel * (done.a * row.exp()).transpose(1, 2)
-        plan *= done.b * column.exp()
-        phi, gamma = done.phi + row, done.gamma + column
+    def write(self, result: TransportResult, index: torch.Tensor, converged: torch.Tensor, count: int) -> None:
+        """Put what is known of the pairs into their places `index` (k) of the result."""
+        row, column = self._on_tokens()
+        plan = self.kernel * (self.a * row.exp()).transpose(1, 2)
+        plan *= self.b * column.exp()
+        phi, gamma = self.phi + row, self.gamma + column
         rows, columns = plan.sum(2), plan.sum(1)
         mass = rows.sum(1)
         # The dual value is 4 to 70 times more accurate than <P, C> + eps KL at the same potentials.
-        value = done._dual_part(done.a, phi) + done._dual_part(done.b, gamma) + done._missing_mass(mass)
-        error = (rows - done._wanted(done.a, phi).squeeze(1)).abs().sum(1)
-        error = error + (columns - done._wanted(done.b, gamma).squeeze(1)).abs().sum(1)
+        value = self._dual_part(self.a, phi) + self._dual_part(self.b, gamma) + self._missing_mass(mass)
+        error = (rows - self._wanted(self.a, phi).squeeze(1)).abs().sum(1)
+        error = error + (columns - self._wanted(self.b, gamma).squeeze(1)).abs().sum(1)
         # Sum of P log P by its exponents: no logarithm of k x n x m entries.
-        logarithm = torch.xlogy(rows, done.a.squeeze(1)) + rows * row.squeeze(1)
-        logarithm = logarithm.sum(1) + (torch.xlogy(columns, done.b.squeeze(1)) + columns * column.squeeze(1)).sum(1)
-        logarithm -= torch.linalg.vecdot(plan.flatten(1), done.reduced.flatten(1))
+        logarithm = torch.xlogy(rows, self.a.squeeze(1)) + rows * row.squeeze(1)
+        logarithm = logarithm.sum(1) + (torch.xlogy(columns, self.b.squeeze(1)) + columns * column.squeeze(1)).sum(1)
+        logarithm -= torch.linalg.vecdot(plan.flatten(1), self.reduced.flatten(1))
 
         def put(name: str, values: torch.Tensor) -> None:
             wanted = getattr(result, name)
             values = values.to(wanted.dtype)
-            if whole:
+            if len(index) == len(result.value):
                 setattr(result, name, values)
             else:
                 wanted[index] = values
 
-        put("value", done.epsilon.view(-1) * value)
-        put("source_potential", (phi * done.epsilon).squeeze(1))
-        put("target_potential", (gamma * done.epsilon).squeeze(1))
+        put("value", self.epsilon.view(-1) * value)
+        put("source_potential", (phi * self.epsilon).squeeze(1))
+        put("target_potential", (gamma * self.epsilon).squeeze(1))
         put("iterations", torch.full_like(index, count))
         put("marginal_error", error)
-        put("converged", converged[mask])
+        put("converged", converged)
         put("plan_entropy", -(logarithm + torch.special.entr(rows).sum(1)) / mass.clamp(min=TINY))
         put("plan", plan)
 

@@ -166,6 +166,25 @@ def test_newton_ends_what_sweeps_alone_do_not(monkeypatch):
     assert not without.converged.all()
 
 
+def test_no_iteration_enters_the_autograd_graph(backend):
+    source, source_mask, target, target_mask = padded_batch(SHORT)
+    matrix = pairwise_cost(source, target).requires_grad_()
+    result = sinkhorn(matrix, 0.01, source_mask, target_mask, backend=backend)
+    assert result.iterations.max() > 30
+    (node,) = [following for following, _ in result.value.grad_fn.next_functions if following is not None]
+    assert node.variable is matrix and [tensor.shape for tensor in result.value.grad_fn.saved_tensors] == [matrix.shape]
+
+
+def test_the_torch_solver_looks_at_its_error_once_a_block_only(monkeypatch):
+    looks = []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: looks.append(tensor.shape) or original(tensor))
+    source, source_mask, target, target_mask = padded_batch([(60, 64), (31, 24)])
+    result = sinkhorn(pairwise_cost(source, target), 0.003, source_mask, target_mask, backend="torch")
+    assert result.iterations.max() > 100
+    assert len(looks) <= 8 + result.iterations.max() / sinkhorn_xlfa.LAST_BLOCK
+
+
 def test_the_limit_of_small_epsilon_is_pots_exact_value(backend):
     source, source_mask, target, target_mask = padded_batch([(12, 12), (9, 17)])
     matrix = pairwise_cost(source, target)
