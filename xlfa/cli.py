@@ -10,6 +10,7 @@ from xlfa.errors import exit_with_message
 EXAMPLES = """examples:
   xlfa train configs/quickstart.yaml --output_dir runs/first
   xlfa eval --model runs/first --task xnli --data_root sample
+  xlfa retrieval --model packaged:multilingual-e5-small --languages de ru --output_dir runs/retrieval
   xlfa backbone packaged:multilingual-e5-small
 
 `xlfa train` and `xlfa eval` run one process; on several devices use
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"xlfa {xlfa.__version__}")
-    parser.add_argument("command", choices=list(COMMANDS), help="train, eval or backbone; each has a --help")
+    parser.add_argument("command", choices=list(COMMANDS), help="each has a --help")
     arguments = parser.parse_args(argv[:1])
     exit_with_message(COMMANDS[arguments.command], argv[1:])
 
@@ -44,6 +45,12 @@ def _evaluate(argv: list[str]) -> None:
     evaluation_main(argv)
 
 
+def _retrieval(argv: list[str]) -> None:
+    from xlfa.retrieval import main as retrieval_main
+
+    retrieval_main(argv)
+
+
 def _backbone(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="xlfa backbone", description="Build an encoder from PyPI packages and print the folder it lies in."
@@ -56,4 +63,9 @@ def _backbone(argv: list[str]) -> None:
 
 
 # Imports wait until a command runs: `xlfa --help` must not take the seconds that torch needs.
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "eval": _evaluate, "backbone": _backbone}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "eval": _evaluate,
+    "retrieval": _retrieval,
+    "backbone": _backbone,
+}

@@ -1,0 +1,112 @@
+"""Sentence retrieval: P@1 by layer on vectors and sentences whose answer is known, and bad input."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from modeling_xlfa import XLFAForSequenceClassification, XLFAModel
+from xlfa.errors import XLFAError
+from xlfa.retrieval import (
+    RetrievalArguments,
+    embed_sentences,
+    load_states_model,
+    main,
+    precision_by_layer,
+)
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+SENTENCES = ["a cat", "the dogs ran over there", "7", "it is late, is it?", "we read books in the sun"]
+
+
+@pytest.fixture
+def data_root(tmp_path):
+    """Tatoeba's layout: deu-eng, where both sides are the same text, and fra-eng, where the order is reversed."""
+    folder = tmp_path / "root" / "mteb" / "tatoeba-bitext-mining"
+    configs = []
+    for name, foreign in (("deu-eng", SENTENCES), ("fra-eng", SENTENCES[::-1])):
+        (folder / name).mkdir(parents=True)
+        rows = [{"sentence1": one, "sentence2": two} for one, two in zip(foreign, SENTENCES)]
+        (folder / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        configs.append(f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}/test.jsonl\n")
+    (folder / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
+    return str(tmp_path / "root")
+
+
+@pytest.fixture
+def trained(tiny_encoder, tmp_path):
+    """A folder with a trained head on a fused encoder."""
+    folder = tmp_path / "trained"
+    XLFAForSequenceClassification.from_encoder(tiny_encoder, num_labels=3).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
+    return str(folder)
+
+
+def test_precision_counts_both_directions():
+    foreign = {"0": torch.eye(4)}
+    # The first two rows are swapped; the last is nearest to its own, but another English row is nearer to foreign 2.
+    english = {"0": torch.eye(4)[[1, 0, 2, 3]]}
+    scores = precision_by_layer(foreign, english)["0"]
+    assert scores["to_english"] == scores["from_english"] == scores["mean"] == 50.0
+    low, high = scores["to_english_interval"]
+    assert 0 < low < 50 < high < 100
+    english["0"][3] = torch.tensor([0.0, 0.0, 1.0, 0.1])
+    uneven = precision_by_layer(foreign, english)["0"]
+    assert (uneven["to_english"], uneven["from_english"]) == (50.0, 25.0)
+
+
+def test_vectors_are_means_over_tokens_in_the_order_of_the_sentences(trained):
+    model, tokenizer = load_states_model(trained)
+    arguments = RetrievalArguments(model=trained, batch_size=2)
+    vectors = embed_sentences(model, tokenizer, SENTENCES, arguments)
+    assert list(vectors) == ["0", "1", "2", "3", "4", "fused"]
+    for position, sentence in enumerate(SENTENCES):
+        with torch.no_grad():
+            output = model(**tokenizer(sentence, return_tensors="pt"), output_hidden_states=True)
+        for name, states in [("2", output.hidden_states[2]), ("fused", output.last_hidden_state)]:
+            mean = torch.nn.functional.normalize(states[0].mean(0), dim=0)
+            torch.testing.assert_close(vectors[name][position], mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_plain_encoder_has_its_layers_and_no_fusion(tiny_encoder):
+    model, _ = load_states_model(tiny_encoder)
+    assert type(model) is XLFAModel and model.fusion is None
+
+
+def test_scores_are_written_for_every_layer_and_language(trained, data_root, capsys, tmp_path):
+    output = tmp_path / "out"
+    main(["--model", trained, "--data_root", data_root, "--languages", "de", "fr", "--output_dir", str(output)])
+    scores = json.loads((output / "retrieval.json").read_text())
+    assert scores["languages"]["de"]["pairs"] == 5 and set(scores["average"]) == {"0", "1", "2", "3", "4", "fused"}
+    for layer, found in scores["languages"]["de"]["layers"].items():
+        assert found["mean"] == 100.0, layer
+    # Reversed, only the sentence in the middle stands beside itself.
+    assert scores["languages"]["fr"]["layers"]["0"]["mean"] == pytest.approx(20.0)
+    assert scores["average"]["0"]["mean"] == pytest.approx(60.0)
+    assert "fused" in capsys.readouterr().out
+
+
+def test_long_sentences_are_reported(trained, caplog):
+    model, tokenizer = load_states_model(trained)
+    embed_sentences(model, tokenizer, SENTENCES, RetrievalArguments(model=trained, max_length=6), "de")
+    assert "de: 4 sentences reach --max_length 6" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--languages", "xx"], "--languages xx: mteb/tatoeba-bitext-mining has ar bg de"),
+        (["--data_root", "/nowhere"], "no data set 'mteb/tatoeba-bitext-mining' under --data_root /nowhere"),
+        (["--languages", "ru"], "rus-eng"),
+    ],
+)
+def test_bad_input_is_named(trained, data_root, flags, message):
+    with pytest.raises(XLFAError) as error:
+        main(["--model", trained, "--data_root", data_root, *flags])
+    assert message in str(error.value)
+
+
+def test_a_hub_id_needs_a_folder_to_write_into():
+    with pytest.raises(XLFAError, match="name one with --output_dir"):
+        main(["--model", "org/name"])

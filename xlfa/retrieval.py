@@ -1,0 +1,195 @@
+"""Sentence retrieval: how often the nearest sentence of the other language is the translation, layer by layer.
+
+The protocol of XTREME's Tatoeba task (Hu et al. 2020, arXiv 2003.11080): sentence vectors are means of token states,
+neighbours are by cosine, the score is P@1. All layers come from one pass: a table over them costs what one layer does.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import binomtest
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_xlfa import XLFAModel
+from xlfa.arguments import option, parse_arguments
+from xlfa.backbones import resolve_encoder
+from xlfa.data import load_rows
+from xlfa.environment import describe_threads, versions
+from xlfa.errors import XLFAError
+from xlfa.files import write_text
+
+logger = logging.getLogger(__name__)
+
+DATASET, SPLIT, COLUMNS = "mteb/tatoeba-bitext-mining", "test", ("sentence1", "sentence2")
+# ISO 639-1 code → configuration; `sentence2` is English.
+CONFIGS = {
+    code: f"{name}-eng"
+    for code, name in (
+        pair.split(":")
+        for pair in "ar:ara bg:bul de:deu el:ell es:spa fr:fra hi:hin ro:ron ru:rus sw:swh th:tha tr:tur ur:urd vi:vie "
+        "zh:cmn".split()
+    )
+}
+FUSED = "fused"
+RETRIEVAL_FILE = "retrieval.json"
+DESCRIPTION = "Sentence retrieval (Tatoeba) by the mean-pooled states of every layer and of the fused ones."
+
+
+@dataclass
+class RetrievalArguments:
+    """What is embedded and where the scores go."""
+
+    model: str = field(
+        metadata={
+            "help": "A trained XLFA model, or an encoder as for training: a folder, a Hub id or a packaged: name."
+        }
+    )
+    languages: list[str] | None = option("ISO 639-1 codes; by default all of the data set.")
+    data_root: str | None = option("Folder with data sets as <org>/<name> instead of the Hub.")
+    output_dir: str | None = option(f"Where to write {RETRIEVAL_FILE}; by default <model>/scores/retrieval.")
+    max_examples: int | None = option("Use the first that many pairs of each language.")
+    batch_size: int = option("Sentences a batch.", 64)
+    max_length: int = option("Longest sentence in tokens; longer ones are cut and counted.", 128)
+    bf16: bool = option("Matrix products in bfloat16.", False)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `xlfa retrieval`."""
+    (arguments,) = parse_arguments(
+        [RetrievalArguments], sys.argv[1:] if argv is None else argv, "xlfa retrieval", DESCRIPTION
+    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    scores = score_retrieval(arguments)
+    folder = Path(arguments.output_dir or Path(arguments.model) / "scores" / "retrieval")
+    write_text(folder / RETRIEVAL_FILE, json.dumps(scores, indent=1) + "\n")
+    print(format_table(scores))
+    print(f"written to {folder / RETRIEVAL_FILE}")
+
+
+def score_retrieval(arguments: RetrievalArguments) -> dict[str, Any]:
+    """P@1 both ways for every language and layer, with 95 % intervals; the content of `retrieval.json`.
+
+    Raises:
+        XLFAError: for an unknown language, model or data set.
+    """
+    languages = arguments.languages or list(CONFIGS)
+    unknown = [code for code in languages if code not in CONFIGS]
+    if unknown:
+        raise XLFAError(f"--languages {unknown[0]}: {DATASET} has {' '.join(CONFIGS)}")
+    if arguments.output_dir is None and not Path(arguments.model).is_dir():
+        raise XLFAError(f"--model {arguments.model} is no folder to write into: name one with --output_dir")
+    logger.info(describe_threads())
+    model, tokenizer = load_states_model(arguments.model)
+    by_language = {}
+    for language in tqdm(languages, desc="languages"):
+        rows = load_rows(DATASET, CONFIGS[language], SPLIT, arguments.data_root, COLUMNS)
+        rows = rows.select(range(min(len(rows), arguments.max_examples or len(rows))))
+        sides = [embed_sentences(model, tokenizer, list(rows[column]), arguments, language) for column in COLUMNS]
+        by_language[language] = {"pairs": len(rows), "layers": precision_by_layer(*sides)}
+    return {
+        "schema_version": 1,
+        "dataset": DATASET,
+        "split": SPLIT,
+        "model_type": model.config.text_config.model_type,
+        "fusion": model.config.fusion,
+        "languages": by_language,
+        "average": average_by_layer(by_language),
+        "settings": {name: getattr(arguments, name) for name in ("max_examples", "max_length", "bf16")},
+        "versions": versions(),
+    }
+
+
+def load_states_model(name: str) -> tuple[XLFAModel, PreTrainedTokenizerBase]:
+    """The encoder part of a trained XLFA model with its fusion, or a plain encoder, and its tokenizer.
+
+    Raises:
+        XLFAError: where there is no such model.
+    """
+    source = resolve_encoder(name)
+    try:
+        if AutoConfig.from_pretrained(source).model_type == "xlfa":
+            model = XLFAModel.from_pretrained(source)
+        else:
+            model = XLFAModel.from_encoder(source, fusion="none")
+        return model.eval(), AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise XLFAError(f"--model {name}: cannot load it ({error})") from None
+
+
+def embed_sentences(
+    model: XLFAModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: list[str],
+    arguments: RetrievalArguments,
+    description: str = "",
+) -> dict[str, torch.Tensor]:
+    """Mean-pooled states, sentences x E, float32 and of unit length, by layer ("0" to "N", and "fused" where it is)."""
+    encoded = tokenizer(sentences, truncation=True, max_length=arguments.max_length)["input_ids"]
+    cut = sum(len(ids) == arguments.max_length for ids in encoded)
+    if cut:
+        logger.warning("%s: %d sentences reach --max_length %d and may be cut", description, cut, arguments.max_length)
+    order = sorted(range(len(encoded)), key=lambda position: len(encoded[position]), reverse=True)
+    pooled: dict[str, list[torch.Tensor]] = {}
+    for start in tqdm(range(0, len(order), arguments.batch_size), desc=description, leave=False):
+        batch = [{"input_ids": encoded[position]} for position in order[start : start + arguments.batch_size]]
+        inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
+        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=arguments.bf16):
+            output = model(**inputs, output_hidden_states=True)
+        states = {str(layer): tensor for layer, tensor in enumerate(output.hidden_states)}
+        if model.fusion is not None:
+            states[FUSED] = output.last_hidden_state
+        weights = inputs["attention_mask"].unsqueeze(-1).float()
+        for name, tensor in states.items():
+            means = (tensor.float() * weights).sum(1) / weights.sum(1)
+            pooled.setdefault(name, []).append(torch.nn.functional.normalize(means, dim=-1).cpu())
+    back = torch.tensor(order).argsort()
+    return {name: torch.cat(parts)[back] for name, parts in pooled.items()}
+
+
+def precision_by_layer(
+    foreign: dict[str, torch.Tensor], english: dict[str, torch.Tensor]
+) -> dict[str, dict[str, float | list[float]]]:
+    """P@1 in per cent by layer: `to_english`, `from_english`, each with its Wilson 95 % interval, and their mean."""
+    scores = {}
+    for name in foreign:
+        similarity = foreign[name] @ english[name].T
+        wanted = torch.arange(len(similarity))
+        found = {}
+        for direction, axis in (("to_english", 1), ("from_english", 0)):
+            hits = int((similarity.argmax(axis) == wanted).sum())
+            interval = binomtest(hits, len(wanted)).proportion_ci(method="wilson")
+            found[direction] = 100 * hits / len(wanted)
+            found[f"{direction}_interval"] = [100 * interval.low, 100 * interval.high]
+        scores[name] = {**found, "mean": (found["to_english"] + found["from_english"]) / 2}
+    return scores
+
+
+def average_by_layer(languages: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Means over the languages by layer."""
+    names = ("to_english", "from_english", "mean")
+    first = next(iter(languages.values()))["layers"]
+    return {
+        layer: {
+            name: sum(each["layers"][layer][name] for each in languages.values()) / len(languages) for name in names
+        }
+        for layer in first
+    }
+
+
+def format_table(scores: dict[str, Any]) -> str:
+    """Mean P@1 of both directions, a line a layer and a column a language."""
+    languages, average = scores["languages"], scores["average"]
+    lines = [f"{scores['dataset']}: P@1, mean of both directions, by layer"]
+    lines.append(" ".join(f"{name:>7}" for name in ("layer", *languages, "average")))
+    for layer in average:
+        values = [each["layers"][layer]["mean"] for each in languages.values()] + [average[layer]["mean"]]
+        lines.append(" ".join([f"{layer:>7}", *(f"{value:7.1f}" for value in values)]))
+    best = max(average, key=lambda layer: average[layer]["mean"])
+    return "\n".join([*lines, f"best on average: layer {best}, {average[best]['mean']:.1f}"])
