@@ -23,7 +23,7 @@ def test_help_has_examples_and_needs_no_torch():
     assert "examples:" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "retrieval"])
+@pytest.mark.parametrize("command", ["train", "eval", "retrieval", "rankc"])
 def test_help_of_a_command_explains_its_flags(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])

@@ -11,6 +11,7 @@ EXAMPLES = """examples:
   xlfa train configs/quickstart.yaml --output_dir runs/first
   xlfa eval --model runs/first --task xnli --data_root sample
   xlfa retrieval --model packaged:multilingual-e5-small --languages de ru --output_dir runs/retrieval
+  xlfa rankc --model packaged:multilingual-e5-small --dataset local/bmlama17 --data_root … --output_dir runs/rankc
   xlfa backbone packaged:multilingual-e5-small
 
 `xlfa train` and `xlfa eval` run one process; on several devices use
@@ -51,6 +52,12 @@ def _retrieval(argv: list[str]) -> None:
     retrieval_main(argv)
 
 
+def _rankc(argv: list[str]) -> None:
+    from xlfa.consistency import main as consistency_main
+
+    consistency_main(argv)
+
+
 def _backbone(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="xlfa backbone", description="Build an encoder from PyPI packages and print the folder it lies in."
@@ -67,5 +74,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "eval": _evaluate,
     "retrieval": _retrieval,
+    "rankc": _rankc,
     "backbone": _backbone,
 }

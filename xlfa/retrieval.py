@@ -91,7 +91,10 @@ def score_retrieval(arguments: RetrievalArguments) -> dict[str, Any]:
     for language in tqdm(languages, desc="languages"):
         rows = load_rows(DATASET, CONFIGS[language], SPLIT, arguments.data_root, COLUMNS)
         rows = rows.select(range(min(len(rows), arguments.max_examples or len(rows))))
-        sides = [embed_sentences(model, tokenizer, list(rows[column]), arguments, language) for column in COLUMNS]
+        options = {"batch_size": arguments.batch_size, "max_length": arguments.max_length, "bf16": arguments.bf16}
+        sides = [
+            embed_sentences(model, tokenizer, list(rows[column]), **options, description=language) for column in COLUMNS
+        ]
         by_language[language] = {"pairs": len(rows), "layers": precision_by_layer(*sides)}
     return {
         "schema_version": 1,
@@ -127,26 +130,35 @@ def embed_sentences(
     model: XLFAModel,
     tokenizer: PreTrainedTokenizerBase,
     sentences: list[str],
-    arguments: RetrievalArguments,
+    *,
+    batch_size: int = 64,
+    max_length: int = 128,
+    bf16: bool = False,
+    only: str | None = None,
     description: str = "",
 ) -> dict[str, torch.Tensor]:
-    """Mean-pooled states, sentences x E, float32 and of unit length, by layer ("0" to "N", and "fused" where it is)."""
-    encoded = tokenizer(sentences, truncation=True, max_length=arguments.max_length)["input_ids"]
-    cut = sum(len(ids) == arguments.max_length for ids in encoded)
+    """Mean-pooled states, sentences x E, float32 and of unit length, by layer ("0" to "N", and "fused" where it is).
+
+    Args:
+        only: a layer's name; no other is kept.
+        description: stands before the progress bar and in the warning about long sentences.
+    """
+    encoded = tokenizer(sentences, truncation=True, max_length=max_length)["input_ids"]
+    cut = sum(len(ids) == max_length for ids in encoded)
     if cut:
-        logger.warning("%s: %d sentences reach --max_length %d and may be cut", description, cut, arguments.max_length)
+        logger.warning("%s: %d sentences reach --max_length %d and may be cut", description, cut, max_length)
     order = sorted(range(len(encoded)), key=lambda position: len(encoded[position]), reverse=True)
     pooled: dict[str, list[torch.Tensor]] = {}
-    for start in tqdm(range(0, len(order), arguments.batch_size), desc=description, leave=False):
-        batch = [{"input_ids": encoded[position]} for position in order[start : start + arguments.batch_size]]
+    for start in tqdm(range(0, len(order), batch_size), desc=description, leave=False):
+        batch = [{"input_ids": encoded[position]} for position in order[start : start + batch_size]]
         inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
-        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=arguments.bf16):
+        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             output = model(**inputs, output_hidden_states=True)
         states = {str(layer): tensor for layer, tensor in enumerate(output.hidden_states)}
         if model.fusion is not None:
             states[FUSED] = output.last_hidden_state
         weights = inputs["attention_mask"].unsqueeze(-1).float()
-        for name, tensor in states.items():
+        for name, tensor in states.items() if only is None else [(only, states[only])]:
             means = (tensor.float() * weights).sum(1) / weights.sum(1)
             pooled.setdefault(name, []).append(torch.nn.functional.normalize(means, dim=-1).cpu())
     back = torch.tensor(order).argsort()

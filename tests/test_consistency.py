@@ -1,0 +1,184 @@
+"""RankC against the formula written out, rankings by cosine and by a masked-language head, and bad input."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+from xlfa.consistency import (
+    ConsistencyArguments,
+    CosineRanker,
+    MaskedLMRanker,
+    consistency,
+    load_aligned,
+    main,
+    ranks_of,
+)
+from xlfa.errors import XLFAError
+from xlfa.retrieval import embed_sentences
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+DATASET = "local/bmlama17"
+PROMPTS = ["the capital is <mask>.", "<mask> is a river", "he was born in <mask>, it seems"]
+CANDIDATES = [["rome", "paris", "oslo", "7"], ["rhine", "elbe"], ["a", "b", "c"]]
+
+
+def written_out(one, other):
+    """The formula of Qi et al. 2023, set by set."""
+    values = []
+    for ranks, other_ranks in zip(one, other):
+        count = len(ranks)
+        order, other_order = np.argsort(ranks), np.argsort(other_ranks)
+        exponents = [np.exp(count - j) for j in range(count)]
+        weights = [exponent / sum(exponents) for exponent in exponents]
+        overlap = [len(set(order[: j + 1]) & set(other_order[: j + 1])) / (j + 1) for j in range(count)]
+        values.append(sum(weight * share for weight, share in zip(weights, overlap)))
+    return np.mean(values)
+
+
+def write_mirror(root, languages):
+    folder = root / "local" / "bmlama17"
+    configs = []
+    for language, rows in languages.items():
+        (folder / language).mkdir(parents=True)
+        (folder / language / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        configs.append(f"- config_name: {language}\n  data_files:\n  - split: test\n    path: {language}/test.jsonl\n")
+    (folder / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
+    return str(root)
+
+
+def rows_of(prompts=PROMPTS, candidates=CANDIDATES):
+    return [{"prompt": prompt, "candidates": each} for prompt, each in zip(prompts, candidates)]
+
+
+@pytest.fixture
+def data_root(tmp_path):
+    """Two languages with the same text, and one with other prompts."""
+    other = ["is <mask> the capital?", "river <mask>", "<mask>"]
+    return write_mirror(tmp_path / "root", {"en": rows_of(), "nl": rows_of(), "es": rows_of(other)})
+
+
+@pytest.fixture
+def masked_lm(tiny_encoder, tmp_path):
+    """The tiny tokenizer with a mask token, and a random encoder with a masked-language head."""
+    folder = tmp_path / "masked"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_rankc_equals_the_formula_written_out():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        one, other = ([generator.permutation(size) for size in (10, 10, 3, 1, 7)] for _ in range(2))
+        assert consistency(one, other) == pytest.approx(written_out(one, other))
+        assert consistency(one, one) == pytest.approx(1.0)
+        assert consistency(one, other) == pytest.approx(consistency(other, one))
+
+
+def test_the_order_of_the_top_ranks_weighs_most():
+    straight = [np.arange(10)]
+    top_swapped, bottom_swapped = np.arange(10), np.arange(10)
+    top_swapped[:2], bottom_swapped[-2:] = [1, 0], [9, 8]
+    assert consistency(straight, [top_swapped]) < 0.4 < 0.99 < consistency(straight, [bottom_swapped]) < 1
+
+
+def test_ranks_put_the_highest_score_first_and_ties_in_order():
+    assert ranks_of(np.array([0.1, 0.9, 0.1, 0.5])).tolist() == [2, 0, 3, 1]
+
+
+def test_cosine_ranks_by_the_prompt_with_its_blank(tiny_encoder, data_root):
+    arguments = ConsistencyArguments(dataset=DATASET, model=tiny_encoder, data_root=data_root)
+    ranker = CosineRanker(arguments)
+    assert ranker.layer == "4"
+    found = ranker(load_aligned(arguments, ["en", "es"])["es"], "es")
+    sentences = ["is <mask> the capital?", *(f"is {candidate} the capital?" for candidate in CANDIDATES[0])]
+    vectors = embed_sentences(ranker.model, ranker.tokenizer, sentences)["4"]
+    assert found[0].tolist() == ranks_of((vectors[1:] @ vectors[0]).numpy()).tolist()
+
+
+def test_masked_lm_scores_are_mean_log_probabilities_in_the_blanks(masked_lm, data_root):
+    arguments = ConsistencyArguments(
+        dataset=DATASET, model=masked_lm, scoring="masked_lm", data_root=data_root, batch_size=2
+    )
+    ranker = MaskedLMRanker(arguments)
+    found = ranker(load_aligned(arguments, ["en", "nl"])["en"], "en")
+    expected = []
+    for candidate in CANDIDATES[0]:
+        pieces = ranker.tokenizer(candidate, add_special_tokens=False)["input_ids"]
+        text = PROMPTS[0].replace("<mask>", " ".join(["[MASK]"] * len(pieces)))
+        inputs = ranker.tokenizer(text, return_tensors="pt")
+        with torch.no_grad():
+            logits = ranker.model(**inputs).logits[inputs["input_ids"] == ranker.tokenizer.mask_token_id]
+        assert len(logits) == len(pieces)
+        expected.append(logits.log_softmax(-1)[range(len(pieces)), pieces].mean().item())
+    assert found[0].tolist() == ranks_of(np.array(expected)).tolist()
+
+
+@pytest.mark.parametrize("scoring", ["cosine", "masked_lm"])
+def test_the_matrix_is_written_and_printed(masked_lm, data_root, tmp_path, capsys, scoring):
+    languages = ["--languages", "en", "nl", "es"]
+    main(["--model", masked_lm, "--dataset", DATASET, "--data_root", data_root, "--scoring", scoring, *languages])
+    scores = json.loads((tmp_path / "masked" / "scores" / "rankc" / "rankc.json").read_text())
+    assert scores["matrix"]["en"]["nl"] == pytest.approx(100.0) and scores["queries"] == 3
+    assert (
+        scores["matrix"]["en"]["es"] == pytest.approx(scores["matrix"]["es"]["en"])
+        and scores["matrix"]["en"]["es"] < 100
+    )
+    expected = np.mean([100.0, scores["matrix"]["en"]["es"], scores["matrix"]["nl"]["es"]])
+    assert scores["average"] == pytest.approx(expected)
+    assert "average of the pairs" in capsys.readouterr().out
+
+
+def test_a_sample_is_the_same_in_every_language(tiny_encoder, data_root):
+    arguments = ConsistencyArguments(dataset=DATASET, model=tiny_encoder, data_root=data_root, max_examples=2, seed=1)
+    rows = load_aligned(arguments, ["en", "es"])
+    assert len(rows["en"]) == 2 and rows["en"]["candidates"] == rows["es"]["candidates"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (rows_of()[:2], "xx has 2 rows and en 3"),
+        (rows_of(candidates=[["a"], *CANDIDATES[1:]]), "(xx): query 0 has 1 candidates, in en it has 4"),
+        (rows_of(prompts=["no blank", *PROMPTS[1:]]), "(xx): query 0 is 'no blank'; a prompt has one <mask>"),
+    ],
+)
+def test_rows_that_are_not_aligned_are_named(tiny_encoder, tmp_path, rows, message):
+    root = write_mirror(tmp_path / "root", {"en": rows_of(), "xx": rows})
+    with pytest.raises(XLFAError) as error:
+        load_aligned(ConsistencyArguments(dataset=DATASET, model=tiny_encoder, data_root=root), ["en", "xx"])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--languages", "en"], "consistency needs at least two"),
+        (["--languages", "en", "nl", "--layer", "9"], "--layer 9: the model has fused states and layers 0 to 4"),
+        (["--languages", "en", "nl", "--scoring", "masked_lm"], "has no masked-language head"),
+        (["--languages", "en", "qq"], "qq"),
+    ],
+)
+def test_bad_input_is_named(tiny_encoder, data_root, tmp_path, flags, message):
+    with pytest.raises(XLFAError) as error:
+        main(
+            [
+                "--model",
+                tiny_encoder,
+                "--dataset",
+                DATASET,
+                "--data_root",
+                data_root,
+                "--output_dir",
+                str(tmp_path / "out"),
+                *flags,
+            ]
+        )
+    assert message in str(error.value)

@@ -1,0 +1,256 @@
+"""Cross-lingual consistency (RankC): do two languages rank the candidate answers of a question alike?
+
+Qi, Fernández, Bisazza 2023 (arXiv 2310.10378). For query i with N candidates, ranked by a score in languages l and l':
+
+    RankC(l, l') = mean_i sum_j w_j · |top_j(l) ∩ top_j(l')| / j,    w = softmax(N, N - 1, …, 1)
+
+Candidates are matched by their index across languages. Whether the answers are right does not enter.
+"""
+
+import json
+import logging
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.special import softmax
+from tqdm.auto import tqdm
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from xlfa.arguments import option, parse_arguments
+from xlfa.backbones import resolve_encoder
+from xlfa.data import load_rows
+from xlfa.environment import describe_threads, versions
+from xlfa.errors import XLFAError
+from xlfa.files import write_text
+from xlfa.retrieval import FUSED, embed_sentences, load_states_model
+
+logger = logging.getLogger(__name__)
+
+SPLIT, COLUMNS = "test", ("prompt", "candidates")
+LANGUAGES = "ar ca el en es fa fr he hu ja ko nl ru tr uk vi zh".split()
+BLANK = "<mask>"
+RANKC_FILE = "rankc.json"
+DESCRIPTION = "RankC: consistency of the ranking of candidate answers between languages (BMLAMA-17's layout)."
+
+
+@dataclass
+class ConsistencyArguments:
+    """What is ranked, by what, and where the matrix goes."""
+
+    model: str = field(
+        metadata={
+            "help": "A trained XLFA model, or an encoder as for training: a folder, a Hub id or a packaged: name."
+        }
+    )
+    dataset: str = field(
+        metadata={
+            "help": "Data set with a configuration a language, and in each, row by row, the same queries: `prompt` with "
+            "one <mask>, and `candidates`."
+        }
+    )
+    scoring: str = field(
+        default="cosine",
+        metadata={
+            "help": "cosine: of the filled prompt and the prompt with its blank left in; masked_lm: the candidate's "
+            "mean log probability in the blank, by an encoder that has such a head.",
+            "choices": ["cosine", "masked_lm"],
+        },
+    )
+    layer: str = option("States for cosine: fused (the last layer where there is no fusion) or a layer index.", FUSED)
+    languages: list[str] | None = option("Configurations of the data set; by default the 17 of BMLAMA-17.")
+    data_root: str | None = option("Folder with data sets as <org>/<name> instead of the Hub.")
+    output_dir: str | None = option(f"Where to write {RANKC_FILE}; by default <model>/scores/rankc.")
+    max_examples: int | None = option("A seeded sample of that many queries, the same in every language.")
+    seed: int = option("Of that sample.", 0)
+    batch_size: int = option("Sentences a batch.", 64)
+    bf16: bool = option("Matrix products in bfloat16.", False)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `xlfa rankc`."""
+    (arguments,) = parse_arguments(
+        [ConsistencyArguments], sys.argv[1:] if argv is None else argv, "xlfa rankc", DESCRIPTION
+    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    scores = score_consistency(arguments)
+    folder = Path(arguments.output_dir or Path(arguments.model) / "scores" / "rankc")
+    write_text(folder / RANKC_FILE, json.dumps(scores, indent=1) + "\n")
+    print(format_matrix(scores))
+    print(f"written to {folder / RANKC_FILE}")
+
+
+def score_consistency(arguments: ConsistencyArguments) -> dict[str, Any]:
+    """RankC of every pair of languages, 0 to 100; the content of `rankc.json`.
+
+    Raises:
+        XLFAError: for a model without the head that is asked for, an unknown layer, or rows that are not aligned.
+    """
+    languages = arguments.languages or LANGUAGES
+    if len(languages) < 2:
+        raise XLFAError(f"--languages {' '.join(languages)}: consistency needs at least two")
+    if arguments.output_dir is None and not Path(arguments.model).is_dir():
+        raise XLFAError(f"--model {arguments.model} is no folder to write into: name one with --output_dir")
+    logger.info(describe_threads())
+    rows = load_aligned(arguments, languages)
+    rank = CosineRanker(arguments) if arguments.scoring == "cosine" else MaskedLMRanker(arguments)
+    ranks = {language: rank(rows[language], language) for language in tqdm(languages, desc="languages")}
+    matrix = {one: {other: 100 * consistency(ranks[one], ranks[other]) for other in languages} for one in languages}
+    pairs = [matrix[one][other] for index, one in enumerate(languages) for other in languages[index + 1 :]]
+    with_english = [matrix["en"][other] for other in languages if other != "en"] if "en" in languages else []
+    return {
+        "schema_version": 1,
+        "dataset": arguments.dataset,
+        "scoring": arguments.scoring,
+        "layer": rank.layer,
+        "queries": len(next(iter(rows.values()))),
+        "matrix": matrix,
+        "average": float(np.mean(pairs)),
+        "average_with_english": float(np.mean(with_english)) if with_english else None,
+        "settings": {name: getattr(arguments, name) for name in ("max_examples", "seed", "bf16")},
+        "versions": versions(),
+    }
+
+
+def load_aligned(arguments: ConsistencyArguments, languages: list[str]) -> dict[str, Dataset]:
+    """The same queries in every language.
+
+    Raises:
+        XLFAError: if the languages differ in their rows or in a query's number of candidates, or a prompt has not
+            exactly one blank.
+    """
+    rows = {
+        language: load_rows(arguments.dataset, language, SPLIT, arguments.data_root, COLUMNS) for language in languages
+    }
+    first = languages[0]
+    for language in languages:
+        if len(rows[language]) != len(rows[first]):
+            raise XLFAError(
+                f"{arguments.dataset}: {language} has {len(rows[language])} rows and {first} {len(rows[first])}; row i "
+                "must be the same query in every language"
+            )
+    count = len(rows[first])
+    if arguments.max_examples is not None and arguments.max_examples < count:
+        chosen = np.sort(np.random.default_rng(arguments.seed).choice(count, arguments.max_examples, replace=False))
+        rows = {language: each.select(chosen) for language, each in rows.items()}
+    sizes = [len(candidates) for candidates in rows[first]["candidates"]]
+    for language, each in rows.items():
+        for position, (prompt, candidates) in enumerate(zip(each["prompt"], each["candidates"])):
+            place = f"{arguments.dataset} ({language}): query {position}"
+            if len(candidates) != sizes[position] or not candidates:
+                raise XLFAError(f"{place} has {len(candidates)} candidates, in {first} it has {sizes[position]}")
+            if prompt.count(BLANK) != 1:
+                raise XLFAError(f"{place} is {prompt!r}; a prompt has one {BLANK}")
+    return rows
+
+
+class CosineRanker:
+    """Ranks candidates by the cosine of the filled prompt's vector and the vector of the prompt with its blank."""
+
+    def __init__(self, arguments: ConsistencyArguments):
+        self.model, self.tokenizer = load_states_model(arguments.model)
+        self.options = {"batch_size": arguments.batch_size, "bf16": arguments.bf16}
+        depth = self.model.config.num_hidden_layers
+        self.layer = str(depth) if arguments.layer == FUSED and self.model.fusion is None else arguments.layer
+        if self.layer != FUSED and self.layer not in map(str, range(depth + 1)):
+            raise XLFAError(f"--layer {arguments.layer}: the model has fused states and layers 0 to {depth}")
+
+    def __call__(self, rows: Dataset, language: str) -> list[np.ndarray]:
+        """For each query the ranks of its candidates, 0 the best."""
+        sentences, starts = [], []
+        for prompt, candidates in zip(rows["prompt"], rows["candidates"]):
+            starts.append(len(sentences))
+            sentences.append(prompt.replace(BLANK, self.tokenizer.mask_token or BLANK))
+            sentences += [prompt.replace(BLANK, candidate) for candidate in candidates]
+        vectors = embed_sentences(
+            self.model, self.tokenizer, sentences, only=self.layer, description=language, **self.options
+        )[self.layer].numpy()
+        ends = [*starts[1:], len(sentences)]
+        return [ranks_of(vectors[start + 1 : end] @ vectors[start]) for start, end in zip(starts, ends)]
+
+
+class MaskedLMRanker:
+    """Ranks candidates by the mean log probability of their pieces in as many blanks."""
+
+    layer = "masked_lm"
+
+    def __init__(self, arguments: ConsistencyArguments):
+        source = resolve_encoder(arguments.model)
+        try:
+            self.model, loading = AutoModelForMaskedLM.from_pretrained(source, output_loading_info=True)
+        except (OSError, ValueError) as error:
+            raise XLFAError(f"--model {arguments.model}: no masked-language model ({error})") from None
+        if loading["missing_keys"]:
+            raise XLFAError(
+                f"--model {arguments.model} has no masked-language head (it lacks {min(loading['missing_keys'])}): use "
+                "--scoring cosine"
+            )
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        if self.tokenizer.mask_token is None:
+            raise XLFAError(f"--model {arguments.model}: the tokenizer has no mask token: use --scoring cosine")
+        self.model.eval()
+        self.batch_size, self.bf16 = arguments.batch_size, arguments.bf16
+
+    def __call__(self, rows: Dataset, language: str) -> list[np.ndarray]:
+        """For each query the ranks of its candidates, 0 the best."""
+        # One input for each query and number of pieces serves all its candidates of that length.
+        wanted: dict[tuple[int, int], list[tuple[int, list[int]]]] = defaultdict(list)
+        scores = [np.zeros(len(candidates)) for candidates in rows["candidates"]]
+        for query, candidates in enumerate(rows["candidates"]):
+            for index, pieces in enumerate(self.tokenizer(list(candidates), add_special_tokens=False)["input_ids"]):
+                if not pieces:
+                    raise XLFAError(f"{language}: candidate {index} of query {query} is empty: {candidates[index]!r}")
+                wanted[query, len(pieces)].append((index, pieces))
+        keys = sorted(wanted, key=lambda key: len(rows["prompt"][key[0]]), reverse=True)
+        for start in tqdm(range(0, len(keys), self.batch_size), desc=language, leave=False):
+            batch = keys[start : start + self.batch_size]
+            for key, log_probabilities in zip(batch, self._blanks([self._filled(rows, *key) for key in batch])):
+                for index, pieces in wanted[key]:
+                    scores[key[0]][index] = log_probabilities[range(len(pieces)), pieces].mean().item()
+        return [ranks_of(each) for each in scores]
+
+    def _filled(self, rows: Dataset, query: int, count: int) -> str:
+        return re.sub(BLANK, " ".join([self.tokenizer.mask_token] * count), rows[query]["prompt"])
+
+    def _blanks(self, texts: list[str]) -> list[torch.Tensor]:
+        """Log probabilities at the blanks of each text, blanks x vocabulary."""
+        inputs = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
+        with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.model(**inputs).logits
+        blanks = inputs["input_ids"] == self.tokenizer.mask_token_id
+        return [each[where].float().log_softmax(-1) for each, where in zip(logits, blanks)]
+
+
+def ranks_of(scores: np.ndarray) -> np.ndarray:
+    """Rank of each candidate by descending score, 0 the best; equal scores in the order of the candidates."""
+    ranks = np.empty(len(scores), dtype=np.int64)
+    ranks[np.argsort(-scores, kind="stable")] = np.arange(len(scores))
+    return ranks
+
+
+def consistency(one: list[np.ndarray], other: list[np.ndarray]) -> float:
+    """RankC of two languages' ranks of the same queries' candidates, 0 to 1."""
+    total = 0.0
+    for ranks, other_ranks in zip(one, other, strict=True):
+        count = len(ranks)
+        # A candidate is in both top j from the worse of its two ranks on.
+        shared = np.bincount(np.maximum(ranks, other_ranks), minlength=count).cumsum()
+        total += softmax(np.arange(count, 0, -1)) @ (shared / np.arange(1, count + 1))
+    return total / len(one)
+
+
+def format_matrix(scores: dict[str, Any]) -> str:
+    """The matrix of language pairs for the terminal."""
+    languages = list(scores["matrix"])
+    lines = [f"{scores['dataset']}: RankC by {scores['scoring']} ({scores['layer']}), {scores['queries']} queries"]
+    lines.append(" ".join(f"{name:>5}" for name in ("", *languages)))
+    for one in languages:
+        lines.append(" ".join([f"{one:>5}", *(f"{value:5.1f}" for value in scores["matrix"][one].values())]))
+    return "\n".join([*lines, f"average of the pairs {scores['average']:.2f}"])
