@@ -51,8 +51,8 @@ class ConsistencyArguments:
     )
     dataset: str = field(
         metadata={
-            "help": "Data set with a configuration a language, and in each, row by row, the same queries: `prompt` with "
-            "one <mask>, and `candidates`."
+            "help": "Data set with a configuration a language, and row by row the same queries in each: `prompt` with one "
+            "<mask>, and `candidates`."
         }
     )
     scoring: str = field(
