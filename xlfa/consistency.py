@@ -51,7 +51,7 @@ class ConsistencyArguments:
     )
     dataset: str = field(
         metadata={
-            "help": "Data set with a configuration a language, and row by row the same queries in each: `prompt` with one "
+            "help": "Data set with a configuration a language, in each row by row the same queries: `prompt` with one "
             "<mask>, and `candidates`."
         }
     )
