@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from .configuration_xlfa import XLFAConfig
-from .fusion_xlfa import AIF, DLFA
+from .fusion_xlfa import AFF, AIF, DLFA, ScalarMix
 from .modeling_xlfa import (
     XLFAForQuestionAnswering,
     XLFAForSequenceClassification,
@@ -31,8 +31,10 @@ AutoModelForSequenceClassification.register(XLFAConfig, XLFAForSequenceClassific
 AutoModelForTokenClassification.register(XLFAConfig, XLFAForTokenClassification, exist_ok=True)
 
 __all__ = [
+    "AFF",
     "AIF",
     "DLFA",
+    "ScalarMix",
     "TransportProblem",
     "TransportResult",
     "XLFAConfig",

@@ -22,7 +22,7 @@ AUTO_MAP = {
 }
 
 CHOICES = {
-    "fusion": ("dlfa", "none"),
+    "fusion": ("dlfa", "none", "scalar_mix", "aff"),
     "fusion_gate": ("literal", "sigmoid"),
     "fusion_norm": ("batch", "layer", "none"),
     "ot_solver": ("sinkhorn", "exact", "product"),
@@ -40,11 +40,14 @@ class XLFAConfig(PretrainedConfig):
         text_config (`PretrainedConfig` or `dict`, *optional*):
             Any encoder that `AutoConfig` knows; by default an XLM-R base.
         fusion (`str`, defaults to `"dlfa"`):
-            `"dlfa"` fuses a lower layer with the last one (Chen et al. 2022, eq. 2); `"none"` is the plain last layer.
-        fusion_layer (`int`, *optional*):
-            The lower layer, 1..N-1 of N; by default at two thirds of the depth (8 of 12).
+            `"dlfa"` fuses a lower layer with the last one (Chen et al. 2022, eq. 2), and so does `"aff"` (Dai et al.
+            2021); `"scalar_mix"` mixes all layers 0..N (Peters et al. 2018, eq. 1); `"none"` is the plain last layer.
+        fusion_layer (`int` or `str`, *optional*):
+            The lower layer of `"dlfa"` and `"aff"`, 1..N-1 of N; by default at two thirds of the depth (8 of 12).
+            `"learned"`: a mix of the layers 1..N-1 with learned softmax weights.
         fusion_gate (`str`, defaults to `"literal"`):
-            `"literal"`: AIF's output gates, as published; `"sigmoid"`: AIF's attention in (0, 1) gates, as in AFF.
+            Of `"dlfa"`. `"literal"`: AIF's output gates, as published; `"sigmoid"`: AIF's attention in (0, 1), as in
+            AFF.
         fusion_reduction (`int`, defaults to 4):
             r of the bottleneck: hidden size / r channels.
         fusion_norm (`str`, defaults to `"batch"`):
@@ -217,8 +220,16 @@ class XLFAConfig(PretrainedConfig):
                 self._reject(field, f"one of {', '.join(map(repr, allowed))}")
 
         depth = self.num_hidden_layers
-        if self.fusion == "dlfa" and not (_is_int(self.fusion_layer) and 1 <= self.fusion_layer <= depth - 1):
-            self._reject("fusion_layer", f"a layer index 1..{depth - 1} (the encoder has {depth} layers)")
+        learned = self.fusion_layer == "learned"
+        if self.fusion in ("dlfa", "aff"):
+            if depth < 2:
+                self._reject("fusion", "'none' or 'scalar_mix' (the encoder has one layer, and no lower one to fuse)")
+            if not learned and not (_is_int(self.fusion_layer) and 1 <= self.fusion_layer <= depth - 1):
+                self._reject(
+                    "fusion_layer", f"a layer index 1..{depth - 1} or 'learned' (the encoder has {depth} layers)"
+                )
+        elif learned:
+            self._reject("fusion_layer", f"a layer index with fusion={self.fusion!r}, which chooses no lower layer")
         if not (_is_int(self.fusion_reduction) and 1 <= self.fusion_reduction <= self.hidden_size):
             self._reject("fusion_reduction", f"an integer 1..{self.hidden_size} (the hidden size)")
         for field in ("fusion_layer_norm", "ot_debiased", "ot_center"):

@@ -1,11 +1,16 @@
-"""Feature aggregation: AIF and DLFA (Chen, Guo, Liu, Tao, ICPR 2022, arXiv 2205.08497).
+"""Feature aggregation: DLFA with AIF (Chen, Guo, Liu, Tao, ICPR 2022, arXiv 2205.08497; "the paper" below), AFF
+(Dai et al. 2021, arXiv 2009.14082) and the scalar mix (Peters et al. 2018, arXiv 1802.05365).
 
 All tensors are B x T x E with the channels last, so the kernel-size-1 convolutions of the paper are linear maps over
 the last axis. `mask` is B x T with 1 on tokens and 0 on padding; padding enters neither pooling nor statistics.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
+
+from .configuration_xlfa import XLFAConfig
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
@@ -82,40 +87,152 @@ class AIF(nn.Module):
         return states * self.attention(states, mask, update_statistics)
 
 
-class DLFA(nn.Module):
-    """Double layers feature aggregation: L = L1 * A + L2 * (1 - A) with W = (L1 + L2) / 2 (paper, eq. 2).
+class ScalarMix(nn.Module):
+    """Scalar mix of layers: gamma * sum_j softmax(s)_j H_j (Peters et al. 2018, eq. 1).
 
-    `gate="literal"` takes A = AIF(W), as the paper prints it: then L = L2 + A * (L1 - L2) is quadratic in the features,
-    and at initialisation about L2 + W * (L1 - L2) / 2. `gate="sigmoid"` takes A = sigmoid(W_global + W_local), a gate
-    in (0, 1) as in AFF: at initialisation about the average of the two layers.
+    The logits s start at zero and gamma at one: at initialisation the mix is the layers' mean.
+
+    Args:
+        layers: how many layers are mixed.
+        channels: E.
+        layer_norm: a LayerNorm of its own on each layer first.
+        scaled: whether there is a gamma.
+    """
+
+    def __init__(self, layers: int, channels: int, layer_norm: bool = False, scaled: bool = True):
+        super().__init__()
+        self.norms = nn.ModuleList(_build_layer_norm(channels, layer_norm) for _ in range(layers))
+        self.logits = nn.Parameter(torch.empty(layers))
+        # One element and not a scalar: FSDP shards no parameter without a dimension.
+        self.gamma = nn.Parameter(torch.empty(1)) if scaled else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.logits)
+        if self.gamma is not None:
+            nn.init.ones_(self.gamma)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """softmax(s), one weight a layer; float32 at least."""
+        return torch.softmax(self.logits.to(torch.promote_types(self.logits.dtype, torch.float32)), dim=0)
+
+    def forward(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Mix `layers`, each B x T x E. Returns B x T x E; the sum is float32 at least, whatever the layers' type."""
+        weights = self.weights if self.gamma is None else self.gamma * self.weights
+        # Weights of shape 1, not 0: with those the products would be rounded to half-precision layers' type.
+        terms = zip(weights.split(1), self.norms, layers, strict=True)
+        return sum(weight * norm(layer) for weight, norm, layer in terms).to(layers[-1].dtype)
+
+
+class GatedFusion(nn.Module):
+    """L = L1 * A + L2 * (1 - A) of a lower layer L1 and the last layer L2; subclasses say what the gate A is.
 
     Args:
         channels: E.
-        gate, reduction, norm: see `XLFAConfig`.
-        layer_norm: a LayerNorm of its own on each of the two layers first.
+        reduction, norm: of the gate, see `AIF`.
+        layer_norm: a LayerNorm of its own on each layer first.
+        mixed_layers: L1 is the scalar mix, without gamma, of that many layers; by default it is one layer.
     """
 
     def __init__(
-        self, channels: int, gate: str = "literal", reduction: int = 4, norm: str = "batch", layer_norm: bool = False
+        self,
+        channels: int,
+        reduction: int = 4,
+        norm: str = "batch",
+        layer_norm: bool = False,
+        mixed_layers: int | None = None,
     ):
         super().__init__()
-        self.gate = gate
-        self.lower_norm = nn.LayerNorm(channels) if layer_norm else nn.Identity()
-        self.last_norm = nn.LayerNorm(channels) if layer_norm else nn.Identity()
+        if mixed_layers is None:
+            self.lower_mix, self.lower_norm = None, _build_layer_norm(channels, layer_norm)
+        else:
+            # Its layers have their own norms.
+            self.lower_mix, self.lower_norm = ScalarMix(mixed_layers, channels, layer_norm, scaled=False), None
+        self.last_norm = _build_layer_norm(channels, layer_norm)
         self.aif = AIF(channels, reduction, norm)
 
-    def forward(
-        self, lower: torch.Tensor, last: torch.Tensor, mask: torch.Tensor, update_statistics: bool = True
+    def gate_weights(
+        self, lower: torch.Tensor, last: torch.Tensor, mask: torch.Tensor, update_statistics: bool
     ) -> torch.Tensor:
-        """Fuse `lower` (L1) with `last` (L2), both B x T x E; `mask` is B x T. Returns B x T x E.
+        """A, B x T x E."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        lower: torch.Tensor | Sequence[torch.Tensor],
+        last: torch.Tensor,
+        mask: torch.Tensor,
+        update_statistics: bool = True,
+    ) -> torch.Tensor:
+        """Fuse `lower` (L1, or the layers that are mixed to it) with `last` (L2), all B x T x E; `mask` is B x T.
+        Returns B x T x E.
 
         `update_statistics=False` (alignment sequences) makes batch norm use its running statistics unchanged.
         """
-        lower, last = self.lower_norm(lower), self.last_norm(last)
-        average = (lower + last) / 2
-        weigh = self.aif if self.gate == "literal" else self.aif.attention
-        weights = weigh(average, mask, update_statistics)
+        lower = self.lower_norm(lower) if self.lower_mix is None else self.lower_mix(lower)
+        last = self.last_norm(last)
+        weights = self.gate_weights(lower, last, mask, update_statistics)
         return lower * weights + last * (1 - weights)
+
+
+class DLFA(GatedFusion):
+    """Double layers feature aggregation: L = L1 * A + L2 * (1 - A) with W = (L1 + L2) / 2 (paper, eq. 2).
+
+    `gate="literal"` takes A = AIF(W), as the paper prints it: then L = L2 + A * (L1 - L2) is quadratic in the features,
+    and for zero weights L2 + W * (L1 - L2) / 2. `gate="sigmoid"` takes A = sigmoid(W_global + W_local), a gate in
+    (0, 1) as in AFF: for zero weights the average of the two layers. Random weights start scattered around that.
+
+    Args:
+        channels: E.
+        gate: `"literal"` or `"sigmoid"`.
+        options: see `GatedFusion`.
+    """
+
+    def __init__(self, channels: int, gate: str = "literal", **options):
+        super().__init__(channels, **options)
+        self.gate = gate
+
+    def gate_weights(
+        self, lower: torch.Tensor, last: torch.Tensor, mask: torch.Tensor, update_statistics: bool
+    ) -> torch.Tensor:
+        weigh = self.aif if self.gate == "literal" else self.aif.attention
+        return weigh((lower + last) / 2, mask, update_statistics)
+
+
+class AFF(GatedFusion):
+    """Attentional feature fusion: Z = X * M(X + Y) + Y * (1 - M(X + Y)) (Dai et al. 2021), X = L1 and Y = L2.
+
+    M = sigmoid(global + local) is AIF's attention, here on the sum. For zero weights Z is the average of the two
+    layers. The authors' published code doubles Z; their equation does not, nor does this.
+    """
+
+    def gate_weights(
+        self, lower: torch.Tensor, last: torch.Tensor, mask: torch.Tensor, update_statistics: bool
+    ) -> torch.Tensor:
+        return self.aif.attention(lower + last, mask, update_statistics)
+
+
+def build_fusion(config: XLFAConfig) -> ScalarMix | DLFA | AFF | None:
+    """The fusion that the config asks for; None for the plain last layer."""
+    if config.fusion == "none":
+        return None
+    depth = config.num_hidden_layers
+    if config.fusion == "scalar_mix":
+        return ScalarMix(depth + 1, config.hidden_size, config.fusion_layer_norm)
+    options = {
+        "reduction": config.fusion_reduction,
+        "norm": config.fusion_norm,
+        "layer_norm": config.fusion_layer_norm,
+        "mixed_layers": depth - 1 if config.fusion_layer == "learned" else None,
+    }
+    if config.fusion == "aff":
+        return AFF(config.hidden_size, **options)
+    return DLFA(config.hidden_size, gate=config.fusion_gate, **options)
+
+
+def _build_layer_norm(channels: int, layer_norm: bool) -> nn.Module:
+    return nn.LayerNorm(channels) if layer_norm else nn.Identity()
 
 
 def _build_norm(norm: str, channels: int) -> nn.Module:

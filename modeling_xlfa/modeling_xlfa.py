@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import ModelOutput
 
 from .configuration_xlfa import XLFAConfig
-from .fusion_xlfa import DLFA
+from .fusion_xlfa import ScalarMix, build_fusion
 from .sinkhorn_xlfa import TransportResult
 from .transport_xlfa import alignment_loss
 
@@ -95,6 +95,8 @@ class XLFAPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, XLFAModel) and module.ot_idf is not None:
             nn.init.ones_(module.ot_idf)
+        elif isinstance(module, ScalarMix):
+            module.reset_parameters()
 
     @classmethod
     def from_encoder(
@@ -146,7 +148,7 @@ class XLFAPreTrainedModel(PreTrainedModel):
 
 
 class XLFAModel(XLFAPreTrainedModel):
-    """Encoder, fusion of two of its layers, and the alignment term on parallel sentences."""
+    """Encoder, fusion of its layers, and the alignment term on parallel sentences."""
 
     # A head's checkpoint loads as its encoder part; the head's own weights are not missed.
     _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^qa_outputs\."]
@@ -157,16 +159,7 @@ class XLFAModel(XLFAPreTrainedModel):
         if hasattr(self.encoder, "pooler"):
             # Unused: without a gradient it would break distributed training.
             self.encoder.pooler = None
-        if config.fusion == "dlfa":
-            self.fusion = DLFA(
-                config.hidden_size,
-                gate=config.fusion_gate,
-                reduction=config.fusion_reduction,
-                norm=config.fusion_norm,
-                layer_norm=config.fusion_layer_norm,
-            )
-        else:
-            self.fusion = None
+        self.fusion = build_fusion(config)
         # A table of weights by piece, saved with the model; training fills it from the parallel text.
         self.register_buffer(
             "ot_idf", torch.ones(self.encoder.config.vocab_size) if config.ot_marginals == "idf" else None
@@ -310,7 +303,11 @@ class XLFAModel(XLFAPreTrainedModel):
     def _fuse(self, encoded: ModelOutput, attention_mask: torch.Tensor, update_statistics: bool = True) -> torch.Tensor:
         if self.fusion is None:
             return encoded.last_hidden_state
-        lower = encoded.hidden_states[self.config.fusion_layer]
+        layers = encoded.hidden_states
+        if self.config.fusion == "scalar_mix":
+            return self.fusion(layers)
+        learned = self.config.fusion_layer == "learned"
+        lower = layers[1:-1] if learned else layers[self.config.fusion_layer]
         return self.fusion(lower, encoded.last_hidden_state, attention_mask, update_statistics)
 
 

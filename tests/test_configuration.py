@@ -25,6 +25,7 @@ def test_default_fusion_layer_of_a_two_layer_encoder_is_valid(bert_config):
         ("fusion_layer", 4),
         ("fusion_layer", 2.0),
         ("fusion_layer", True),
+        ("fusion_layer", "last"),
         ("fusion_gate", "tanh"),
         ("fusion_reduction", 0),
         ("fusion_reduction", 33),
@@ -61,15 +62,30 @@ def test_a_bad_value_names_field_value_and_what_is_allowed(bert_config, field, v
     assert "must be" in str(error.value)
 
 
-def test_without_fusion_the_fusion_layer_is_free(bert_config):
+@pytest.mark.parametrize("fusion", ["none", "scalar_mix"])
+def test_what_fuses_no_lower_layer_does_not_look_at_its_index(bert_config, fusion):
     bert_config.num_hidden_layers = 1
-    assert XLFAConfig(text_config=bert_config, fusion="none").fusion == "none"
+    assert XLFAConfig(text_config=bert_config, fusion=fusion).fusion == fusion
 
 
-def test_one_layer_cannot_be_fused(bert_config):
+@pytest.mark.parametrize("fusion", ["dlfa", "aff"])
+def test_one_layer_has_no_lower_one_to_fuse(bert_config, fusion):
     bert_config.num_hidden_layers = 1
-    with pytest.raises(ValueError, match="fusion_layer"):
-        XLFAConfig(text_config=bert_config)
+    for layer in (None, 1, "learned"):
+        with pytest.raises(ValueError, match=f"fusion='{fusion}' .* 'none' or 'scalar_mix'"):
+            XLFAConfig(text_config=bert_config, fusion=fusion, fusion_layer=layer)
+
+
+@pytest.mark.parametrize("fusion", ["dlfa", "aff"])
+def test_a_learned_lower_layer_is_saved_and_loaded(bert_config, tmp_path, fusion):
+    XLFAConfig(text_config=bert_config, fusion=fusion, fusion_layer="learned").save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).fusion_layer == "learned"
+
+
+@pytest.mark.parametrize("fusion", ["none", "scalar_mix"])
+def test_a_learned_lower_layer_needs_a_fusion_that_has_one(bert_config, fusion):
+    with pytest.raises(ValueError, match=f"fusion_layer='learned' .* a layer index with fusion='{fusion}'"):
+        XLFAConfig(text_config=bert_config, fusion=fusion, fusion_layer="learned")
 
 
 @pytest.mark.parametrize("model_type", ["t5", "gpt2", "llama"])

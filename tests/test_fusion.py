@@ -1,11 +1,12 @@
-"""AIF and DLFA against a direct computation of the paper's equations, and what padding may not change."""
+"""Every fusion against a direct computation of its paper's equations, and what padding may not change."""
 
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoConfig
 
-from modeling_xlfa import AIF, DLFA
-from modeling_xlfa.fusion_xlfa import MaskedBatchNorm
+from modeling_xlfa import AFF, AIF, DLFA, ScalarMix, XLFAConfig, XLFAModel
+from modeling_xlfa.fusion_xlfa import MaskedBatchNorm, build_fusion
 
 BATCH, LENGTH, CHANNELS = 5, 7, 8
 
@@ -66,14 +67,98 @@ def test_dlfa_equals_equation_2(states, mask, gate, norm):
     torch.testing.assert_close(dlfa(lower, last, mask)[mask.bool()], expected)
 
 
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+def test_aff_gates_the_layers_by_the_attention_of_their_sum(states, mask, norm):
+    aff = AFF(CHANNELS, reduction=2, norm=norm).double().train()
+    lower, last = states, states.flip(2) * 0.5
+    weights = direct_attention(aff.aif, lower + last, mask, norm)
+    expected = lower[mask.bool()] * weights + last[mask.bool()] * (1 - weights)
+    torch.testing.assert_close(aff(lower, last, mask)[mask.bool()], expected)
+
+
+def test_with_batch_norm_aff_is_dlfa_with_the_sigmoid_gate(states, mask):
+    """Sum and average differ by a factor, which batch statistics take out."""
+    aff, dlfa = AFF(CHANNELS).double().train(), DLFA(CHANNELS, gate="sigmoid").double().train()
+    dlfa.load_state_dict(aff.state_dict())
+    for module in [*aff.modules(), *dlfa.modules()]:
+        if isinstance(module, MaskedBatchNorm):
+            module.eps = 0.0
+    torch.testing.assert_close(aff(states, states.flip(2), mask), dlfa(states, states.flip(2), mask))
+
+
+@pytest.fixture
+def layers(states):
+    return [states, states.flip(2) * 3, states.flip(0) + 1]
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_scalar_mix_equals_equation_1(layers, scaled, layer_norm):
+    mix = ScalarMix(3, CHANNELS, layer_norm, scaled).double()
+    mix.logits.data = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    gamma = 1.0
+    if scaled:
+        gamma = 0.7
+        mix.gamma.data.fill_(gamma)
+    weights = mix.logits.exp() / mix.logits.exp().sum()
+    normalised = [F.layer_norm(layer, (CHANNELS,)) if layer_norm else layer for layer in layers]
+    expected = gamma * torch.einsum("j,jbte->bte", weights, torch.stack(normalised))
+    torch.testing.assert_close(mix(layers), expected)
+    torch.testing.assert_close(mix.weights, weights)
+
+
+def test_scalar_mix_starts_as_the_mean_and_learns_all_its_weights(layers):
+    mix = ScalarMix(3, CHANNELS).double()
+    torch.testing.assert_close(mix(layers), torch.stack(layers).mean(0))
+    mix(layers).square().sum().backward()
+    assert (mix.logits.grad != 0).all() and mix.gamma.grad != 0
+
+
+def test_scalar_mix_of_another_number_of_layers_is_an_error(layers):
+    with pytest.raises(ValueError):
+        ScalarMix(4, CHANNELS)(layers)
+
+
+def test_scalar_mix_of_half_precision_states_is_rounded_once():
+    mix = ScalarMix(13, CHANNELS).bfloat16()
+    layers = [torch.randn(2, 3, CHANNELS, dtype=torch.bfloat16) for _ in range(13)]
+    exact = torch.stack(layers).double().mean(0)
+    assert mix(layers).dtype == torch.bfloat16
+    # Half a unit in the last of bfloat16's 8 digits.
+    torch.testing.assert_close(mix(layers).double(), exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+@pytest.mark.parametrize("fusion", [DLFA, AFF])
+def test_a_learned_lower_layer_is_the_fusion_of_a_scalar_mix(layers, mask, fusion, layer_norm):
+    learned = fusion(CHANNELS, layer_norm=layer_norm, mixed_layers=3).double().train()
+    learned.lower_mix.logits.data = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    fixed = fusion(CHANNELS).double().train()
+    fixed.aif.load_state_dict(learned.aif.state_dict())
+    last = layers[0].flip(1)
+    normalised = [F.layer_norm(state, (CHANNELS,)) if layer_norm else state for state in (*layers, last)]
+    weights = learned.lower_mix.logits.softmax(0)
+    lower = sum(weight * state for weight, state in zip(weights, normalised[:3], strict=True))
+    fused = learned(layers, last, mask)
+    torch.testing.assert_close(fused, fixed(lower, normalised[3], mask))
+    fused.square().sum().backward()
+    assert (learned.lower_mix.logits.grad != 0).all()
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])
-def test_padding_changes_nothing(states, mask, norm, training):
-    dlfa = DLFA(CHANNELS, norm=norm, layer_norm=True).double().train(training)
-    before = dlfa(states, states.flip(2), mask)
+@pytest.mark.parametrize("mixed_layers", [None, 2])
+@pytest.mark.parametrize("fusion", [DLFA, AFF])
+def test_padding_changes_nothing(states, mask, fusion, mixed_layers, norm, training):
+    module = fusion(CHANNELS, norm=norm, layer_norm=True, mixed_layers=mixed_layers).double().train(training)
+
+    def fuse(states, last, mask):
+        return module(states if mixed_layers is None else (states, states.square()), last, mask)
+
+    before = fuse(states, states.flip(2), mask)
     noisy = torch.where(mask.bool().unsqueeze(-1), states, torch.full_like(states, 1e3))
     longer = F.pad(noisy, (0, 0, 0, 4), value=-50.0)
-    after = dlfa(longer, F.pad(states.flip(2), (0, 0, 0, 4)), F.pad(mask, (0, 4)))
+    after = fuse(longer, F.pad(states.flip(2), (0, 0, 0, 4)), F.pad(mask, (0, 4)))
     torch.testing.assert_close(after[:, :LENGTH][mask.bool()], before[mask.bool()])
 
 
@@ -114,13 +199,54 @@ def test_an_empty_sentence_gives_finite_states():
     assert torch.isfinite(dlfa(states, states, mask)).all()
 
 
-def test_initial_state_is_as_documented(states, mask):
-    """Without a norm and with zero weights: literal L2 + W (L1 - L2) / 2, sigmoid the average."""
-    for gate in ("literal", "sigmoid"):
-        dlfa = DLFA(CHANNELS, gate=gate, norm="none").double()
-        for parameter in dlfa.parameters():
-            torch.nn.init.zeros_(parameter)
-        lower, last = states, states.flip(0)
-        average = (lower + last) / 2
-        expected = average if gate == "sigmoid" else last + average * (lower - last) / 2
-        torch.testing.assert_close(dlfa(lower, last, mask), expected)
+@pytest.mark.parametrize("mixed_layers", [None, 2])
+@pytest.mark.parametrize("fusion", ["literal", "sigmoid", "aff"])
+def test_initial_state_is_as_documented(states, mask, fusion, mixed_layers):
+    """Without a norm and with zero weights: literal L2 + W (L1 - L2) / 2, sigmoid and AFF the average."""
+    options = {"norm": "none", "mixed_layers": mixed_layers}
+    module = AFF(CHANNELS, **options) if fusion == "aff" else DLFA(CHANNELS, gate=fusion, **options)
+    for parameter in module.double().parameters():
+        torch.nn.init.zeros_(parameter)
+    lower, last = states, states.flip(0)
+    average = (lower + last) / 2
+    expected = last + average * (lower - last) / 2 if fusion == "literal" else average
+    # The mean of the two mixed layers is L1.
+    given = lower if mixed_layers is None else (lower - 1, lower + 1)
+    torch.testing.assert_close(module(given, last, mask), expected)
+
+
+@pytest.mark.parametrize(("norm", "deviation"), [("batch", 0.26), ("layer", 0.26), ("none", 0.02)])
+def test_the_gate_starts_scattered_around_one_half(norm, deviation):
+    """As in `docs/fusion.md`: E = 384, standard normal states, transformers' initialisation."""
+    encoder = AutoConfig.for_model("bert", hidden_size=384, num_hidden_layers=2, vocab_size=9)
+    fusion = XLFAModel(XLFAConfig(text_config=encoder, fusion="aff", fusion_norm=norm)).fusion.train()
+    gate = fusion.aif.attention(torch.randn(16, 32, 384) + torch.randn(16, 32, 384), torch.ones(16, 32))
+    assert gate.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert gate.std().item() == pytest.approx(deviation, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("fields", "formula", "number"),
+    [
+        ({"fusion": "dlfa"}, lambda e, b, n: 4 * e * b + 6 * (e + b), 150336),
+        ({"fusion": "aff"}, lambda e, b, n: 4 * e * b + 6 * (e + b), 150336),
+        ({"fusion": "aff", "fusion_norm": "none"}, lambda e, b, n: 4 * e * b + 2 * (e + b), 148416),
+        ({"fusion_layer": "learned"}, lambda e, b, n: 4 * e * b + 6 * (e + b) + n - 1, 150347),
+        ({"fusion": "scalar_mix"}, lambda e, b, n: n + 2, 14),
+        ({"fusion_layer_norm": True}, lambda e, b, n: 4 * e * b + 6 * (e + b) + 4 * e, 151872),
+        (
+            {"fusion_layer": "learned", "fusion_layer_norm": True},
+            lambda e, b, n: 4 * e * b + 6 * (e + b) + n - 1 + 2 * e * n,
+            159563,
+        ),
+        ({"fusion": "scalar_mix", "fusion_layer_norm": True}, lambda e, b, n: n + 2 + 2 * e * (n + 1), 9998),
+    ],
+)
+def test_parameter_counts_are_as_documented(fields, formula, number):
+    """In `docs/fusion.md`; e is E, b is E / r, n is N."""
+    for size, reduction, depth in [(384, 4, 12), (48, 3, 5)]:
+        encoder = AutoConfig.for_model("bert", hidden_size=size, num_hidden_layers=depth)
+        module = build_fusion(XLFAConfig(text_config=encoder, fusion_reduction=reduction, **fields))
+        count = sum(parameter.numel() for parameter in module.parameters())
+        assert count == formula(size, size // reduction, depth)
+        assert count == number or size != 384

@@ -20,6 +20,28 @@ from modeling_xlfa import (
 
 HEADS = [XLFAForQuestionAnswering, XLFAForSequenceClassification, XLFAForTokenClassification]
 
+FUSIONS = {
+    "dlfa": {"fusion": "dlfa"},
+    "learned": {"fusion": "dlfa", "fusion_layer": "learned"},
+    "scalar_mix": {"fusion": "scalar_mix"},
+    "aff": {"fusion": "aff"},
+    "learned_aff": {"fusion": "aff", "fusion_layer": "learned", "fusion_layer_norm": True},
+}
+# For tests that have a twin of all heads and families with the default, dlfa.
+other_fusions = pytest.mark.parametrize("fusion_fields", [name for name in FUSIONS if name != "dlfa"], indirect=True)
+
+
+@pytest.fixture(params=list(FUSIONS))
+def fusion_fields(request):
+    """The fields of each kind of fusion."""
+    return FUSIONS[request.param]
+
+
+def randomise(module):
+    """Move a module's weights away from their start."""
+    for parameter in module.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+
 
 def task_inputs(head=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -77,6 +99,80 @@ def test_save_and_load_keeps_every_weight_and_logit(encoder_config, head, tmp_pa
             assert torch.equal(model(**inputs)[name], loaded.eval()(**inputs)[name])
 
 
+@other_fusions
+def test_every_fusion_trains_on_every_encoder_family(encoder_config, fusion_fields):
+    config = XLFAConfig(text_config=encoder_config, ot_weight=0.5, ot_solver="product", **fusion_fields)
+    model = XLFAForTokenClassification(config).train()
+    model(**task_inputs(XLFAForTokenClassification), **pair_inputs()).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    for name, parameter in model.xlfa.fusion.named_parameters():
+        if name.endswith(("logits", "gamma")):
+            assert (parameter.grad != 0).all()
+
+
+@other_fusions
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_takes_every_fusion(bert_config, head, fusion_fields):
+    config = XLFAConfig(text_config=bert_config, ot_weight=0.5, ot_solver="product", **fusion_fields)
+    model = head(config).train()
+    output = model(**task_inputs(head), **pair_inputs())
+    torch.testing.assert_close(output.loss, output.task_loss + 0.5 * output.ot_loss)
+    output.loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@other_fusions
+def test_save_and_load_keeps_every_fusion(encoder_config, fusion_fields, tmp_path):
+    model = XLFAModel(XLFAConfig(text_config=encoder_config, **fusion_fields)).train()
+    randomise(model.fusion)
+    model(**task_inputs())  # moves the running statistics away from their start
+    model.eval().save_pretrained(tmp_path)
+    loaded, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(loaded.eval()(**task_inputs()).last_hidden_state, model(**task_inputs()).last_hidden_state)
+
+
+@pytest.mark.parametrize("name", ["learned", "scalar_mix"])
+def test_layer_weights_that_a_checkpoint_lacks_start_as_in_a_new_model(bert_config, tmp_path, name):
+    XLFAModel(XLFAConfig(text_config=bert_config, fusion="none")).save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, **FUSIONS[name])
+    mix = loaded.fusion if name == "scalar_mix" else loaded.fusion.lower_mix
+    assert torch.equal(mix.logits, torch.zeros(5 if name == "scalar_mix" else 3))
+    assert mix.gamma is None or torch.equal(mix.gamma, torch.ones(1))
+
+
+def test_the_scalar_mix_starts_as_the_mean_of_all_layers(encoder_config):
+    model = XLFAModel(XLFAConfig(text_config=encoder_config, fusion="scalar_mix")).eval()
+    output = model(**task_inputs(), output_hidden_states=True)
+    assert len(output.hidden_states) == 5
+    torch.testing.assert_close(output.last_hidden_state, torch.stack(output.hidden_states).mean(0))
+
+
+@pytest.mark.parametrize("fusion", ["dlfa", "aff"])
+@pytest.mark.parametrize("layer", [1, 3, "learned"])
+def test_the_fused_layers_are_those_of_fusion_layer(bert_config, fusion, layer):
+    model = XLFAModel(XLFAConfig(text_config=bert_config, fusion=fusion, fusion_layer=layer)).eval()
+    inputs = task_inputs()
+    output = model(**inputs, output_hidden_states=True)
+    states = output.hidden_states
+    lower = states[1:4] if layer == "learned" else states[layer]
+    assert torch.equal(output.last_hidden_state, model.fusion(lower, states[4], inputs["attention_mask"]))
+
+
+def test_every_fusion_computes_in_float64_and_under_bfloat16_autocast(bert_config, fusion_fields):
+    model = XLFAModel(XLFAConfig(text_config=bert_config, **fusion_fields)).eval()
+    randomise(model.fusion)
+    single = model(**task_inputs(), **pair_inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(**task_inputs(), **pair_inputs())
+    double = model.double()(**task_inputs(), **pair_inputs())
+    assert double.last_hidden_state.dtype == torch.float64
+    torch.testing.assert_close(single.last_hidden_state.double(), double.last_hidden_state, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(single.last_hidden_state, half.last_hidden_state.float(), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(single.ot_loss, half.ot_loss, rtol=0.1, atol=0.01)
+
+
 def test_automodel_on_a_head_checkpoint_is_the_encoder_with_fusion(bert_config, tmp_path):
     model = XLFAForQuestionAnswering(XLFAConfig(text_config=bert_config)).eval()
     model.save_pretrained(tmp_path)
@@ -107,9 +203,9 @@ def test_one_side_of_the_pairs_alone_is_an_error(bert_config):
         XLFAModel(XLFAConfig(text_config=bert_config))(**inputs)
 
 
-def test_padding_changes_no_logit_and_no_alignment_loss(encoder_config):
+def test_padding_changes_no_logit_and_no_alignment_loss(encoder_config, fusion_fields):
     model = XLFAForSequenceClassification(
-        XLFAConfig(text_config=encoder_config, classifier_pooling="mean", ot_weight=1.0)
+        XLFAConfig(text_config=encoder_config, classifier_pooling="mean", ot_weight=1.0, **fusion_fields)
     ).eval()
     inputs = {**task_inputs(), **pair_inputs()}
     padded = {
@@ -131,7 +227,7 @@ def test_special_tokens_are_not_aligned(bert_config):
 
 
 @pytest.mark.parametrize("ot_layer", ["fused", 0, 2, 4])
-@pytest.mark.parametrize("fusion", ["dlfa", "none"])
+@pytest.mark.parametrize("fusion", ["dlfa", "none", "scalar_mix", "aff"])
 def test_the_aligned_states_are_those_of_ot_layer(bert_config, fusion, ot_layer):
     from modeling_xlfa import alignment_loss
 
@@ -147,12 +243,13 @@ def test_the_aligned_states_are_those_of_ot_layer(bert_config, fusion, ot_layer)
     torch.testing.assert_close(model(**inputs).ot_loss, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_switching_the_term_on_changes_no_statistics_and_no_dropout(bert_config):
+def test_switching_the_term_on_changes_no_statistics_and_no_dropout(bert_config, fusion_fields):
     """A step with a vanishing weight equals a step without pairs: same dropout, same running statistics."""
     results = []
     for pairs in ({}, pair_inputs()):
         torch.manual_seed(0)
-        model = XLFAForSequenceClassification(XLFAConfig(text_config=bert_config, ot_weight=0.0)).train()
+        config = XLFAConfig(text_config=bert_config, ot_weight=0.0, **fusion_fields)
+        model = XLFAForSequenceClassification(config).train()
         torch.manual_seed(1)
         losses = [model(**task_inputs(XLFAForSequenceClassification), **pairs).task_loss for _ in range(2)]
         results.append((losses, {name: value.clone() for name, value in model.named_buffers()}))
@@ -216,8 +313,9 @@ def test_an_override_at_loading_is_checked(bert_config, tmp_path):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, ot_epsilon=-1)
 
 
-def test_half_precision_weights_keep_losses_in_float32(bert_config):
-    model = XLFAForSequenceClassification(XLFAConfig(text_config=bert_config, ot_weight=1.0)).bfloat16().eval()
+def test_half_precision_weights_keep_losses_in_float32(bert_config, fusion_fields):
+    config = XLFAConfig(text_config=bert_config, ot_weight=1.0, **fusion_fields)
+    model = XLFAForSequenceClassification(config).bfloat16().eval()
     output = model(**task_inputs(XLFAForSequenceClassification), **pair_inputs())
     assert output.task_loss.dtype == torch.float32 and output.ot_loss.dtype == torch.float32
 

@@ -31,9 +31,11 @@ class ModelArguments:
     model: str = field(
         metadata={"help": "Encoder to start from: a Hub id, a folder, or packaged:multilingual-e5-small (from PyPI)."}
     )
-    fusion: str | None = choice("fusion", "dlfa: fuse a lower layer with the last one; none: the plain last layer.")
-    fusion_layer: int | None = option("Lower layer, 1..N-1; by default at two thirds of the depth.")
-    fusion_gate: str | None = choice("fusion_gate", "literal: as published; sigmoid: a gate in (0, 1).")
+    fusion: str | None = choice(
+        "fusion", "dlfa or aff: fuse a lower layer with the last one; scalar_mix: all layers; none: the last layer."
+    )
+    fusion_layer: str | None = option("Lower layer, 1..N-1 (default: at two thirds of the depth), or learned.")
+    fusion_gate: str | None = choice("fusion_gate", "Of dlfa. literal: as published; sigmoid: a gate in (0, 1).")
     fusion_reduction: int | None = option("Bottleneck of the gate: hidden size / r channels (4).")
     fusion_norm: str | None = choice("fusion_norm", "Normalisation inside the gate; batch as published.")
     fusion_layer_norm: bool | None = option("A LayerNorm on each fused layer.")
@@ -67,8 +69,9 @@ class ModelArguments:
         given = {
             name: value for name, value in dataclasses.asdict(self).items() if value is not None and name not in own
         }
-        if str(given.get("ot_layer", "")).isdigit():
-            given["ot_layer"] = int(given["ot_layer"])
+        for name in ("fusion_layer", "ot_layer"):
+            if str(given.get(name, "")).isdigit():
+                given[name] = int(given[name])
         return given
 
 
