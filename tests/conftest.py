@@ -75,6 +75,25 @@ def mirror():
     return str(SHARED)
 
 
+@pytest.fixture
+def write_mirror(tmp_path):
+    """Writes data sets into a mirror, as configuration → split → rows, and returns its root."""
+
+    def write(dataset, configs):
+        folder = tmp_path / "mirror" / dataset
+        folder.mkdir(parents=True)
+        card = ["---", "configs:"]
+        for config, splits in configs.items():
+            card += [f"- config_name: {config}", "  data_files:"]
+            for split, rows in splits.items():
+                rows.to_parquet(folder / config / f"{split}.parquet")
+                card += [f"  - split: {split}", f"    path: {config}/{split}.parquet"]
+        (folder / "README.md").write_text("\n".join([*card, "---", ""]))
+        return str(tmp_path / "mirror")
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory):
     """A folder with a random 4-layer BERT and a word tokenizer over characters: every text has pieces."""

@@ -8,7 +8,16 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from xlfa.data import SAMPLE_ROOT, dataset_location, hold_out_groups, load_rows, sample_clusters
+from xlfa.data import (
+    SAMPLE_ROOT,
+    connected_groups,
+    dataset_location,
+    held_configurations,
+    hold_out_groups,
+    load_first_split,
+    load_rows,
+    sample_clusters,
+)
 from xlfa.errors import XLFAError
 
 ROWS = [{"premise": "a", "label": 0}, {"premise": "b", "label": 1}]
@@ -83,8 +92,49 @@ def test_a_missing_configuration_is_named_with_those_that_exist(add_dataset):
 
 def test_a_missing_split_is_named_with_those_that_exist(add_dataset):
     root = add_dataset("nli", {"en": {"train": json_file("train.jsonl", ROWS)}})
-    with pytest.raises(XLFAError, match=r"org/nli \(en, validation\).*'train'"):
+    with pytest.raises(XLFAError, match=r"org/nli \(en\) has no split 'validation'; it has: train"):
         load_rows("org/nli", "en", "validation", root)
+
+
+def test_the_first_split_that_exists_is_loaded_and_named(add_dataset):
+    train, test = json_file("train.jsonl", ROWS), json_file("test.jsonl", ROWS[1:])
+    root = add_dataset("nli", {"en": {"train": train, "test": test}, "de": {"train": train}})
+    for config, split in (("en", "test"), ("de", "train")):
+        rows = load_first_split("org/nli", config, ("test", "validation", "train"), root)
+        assert (str(rows.split), len(rows)) == (split, {"test": 1, "train": 2}[split])
+    with pytest.raises(XLFAError, match=r"org/nli \(de\) has no split 'validation'; it has: train"):
+        load_first_split("org/nli", "de", ("test", "validation"), root)
+
+
+def test_another_fault_of_the_first_split_is_not_passed_over(add_dataset):
+    root = add_dataset("nli", {"en": {"test": text_file("test.jsonl", ""), "train": json_file("train.jsonl", ROWS)}})
+    with pytest.raises(XLFAError, match=r"org/nli \(en, test\)"):
+        load_first_split("org/nli", "en", ("test", "train"), root)
+
+
+def test_configurations_that_a_folder_holds_are_told_and_the_hub_has_all(add_dataset):
+    one = {"train": json_file("train.jsonl", ROWS)}
+    root = add_dataset("nli", {"en": one, "de": one})
+    assert held_configurations("org/nli", ["de", "xx", "en"], root) == ["de", "en"]
+    assert held_configurations("org/nli", ["de", "xx", "en"], None) == ["de", "xx", "en"]
+    with pytest.raises(XLFAError, match="no data set 'org/none'"):
+        held_configurations("org/none", ["de"], root)
+
+
+@pytest.mark.parametrize(
+    ("columns", "groups"),
+    [
+        ([["a", "b", "a"]], [0, 1, 0]),
+        ([["a", "b", "c"], ["x", "y", "z"]], [0, 1, 2]),
+        # The last row links the first two; the same text in the other column counts.
+        ([["a", "b", "a"], ["x", "y", "y"]], [0, 0, 0]),
+        ([["a", "b", "c"], ["b", "x", "y"]], [0, 0, 1]),
+        ([["d", "c", "b", "a"], ["c", "b", "a", "z"]], [0, 0, 0, 0]),
+    ],
+)
+def test_rows_that_share_a_value_are_one_group(columns, groups):
+    found = connected_groups(columns)
+    assert [found.index(name) for name in found] == [groups.index(number) for number in groups]
 
 
 def test_a_missing_column_is_named_with_those_that_exist(add_dataset):

@@ -1,6 +1,8 @@
 """Scoring: every language with one load, order and batch size, subsets, what is written, and bad input."""
 
 import json
+import os
+import shutil
 
 import jsonschema
 import pytest
@@ -11,6 +13,7 @@ from modeling_xlfa import XLFAForQuestionAnswering, XLFAForSequenceClassificatio
 from xlfa.errors import XLFAError
 from xlfa.evaluation import main
 from xlfa.prediction import predict
+from xlfa.resuming import model_origin
 from xlfa.scores import SCORES_SCHEMA
 from xlfa.tasks import get_task
 
@@ -53,6 +56,8 @@ def test_every_language_is_scored_and_written_in_the_schema(models, tmp_path, ca
         assert all(set(row) == {"id", "prediction", "label", "score"} and 0 <= row["score"] <= 1 for row in rows)
     assert (tmp_path / "scores.png").stat().st_size > 1000
     table = capsys.readouterr().out
+    assert all(scores["intervals"]["languages"][code][scores["primary_metric"]] for code in scores["languages"])
+    assert len(scores["clusters"]) == examples and max(scores["clusters"]) + 1 < examples
     assert "average_xtreme" in table and f"{examples} examples a language" in table
 
 
@@ -90,6 +95,65 @@ def test_a_subset_is_whole_paragraphs_and_the_same_in_every_language(models, tmp
         assert [row["id"] for row in read_predictions(tmp_path, language)] == scores["ids"]
     other = score(models, "xquad", tmp_path / "b", "--max_examples", "9", "--seed", "6", "--languages", "ar")
     assert other["ids"] != scores["ids"]
+
+
+@pytest.fixture
+def predicted(monkeypatch):
+    """The languages that are predicted; with "stop" among them, scoring is interrupted before English."""
+    languages = []
+
+    def recording_predict(*arguments, description, **options):
+        if "stop" in languages and description == "en":
+            raise KeyboardInterrupt
+        languages.append(description)
+        return predict(*arguments, description=description, **options)
+
+    monkeypatch.setattr("xlfa.evaluation.predict", recording_predict)
+    return languages
+
+
+def score_until_english(models, output, predicted):
+    predicted.append("stop")
+    with pytest.raises(KeyboardInterrupt):
+        score(models, "xnli", output, "--languages", "ar", "de", "en")
+    predicted.clear()
+
+
+def test_an_interrupted_run_goes_on_with_the_languages_that_are_left(models, tmp_path, predicted):
+    score_until_english(models, tmp_path / "a", predicted)
+    scores = [score(models, "xnli", tmp_path / name, "--languages", "ar", "de", "en") for name in ("a", "b")]
+    assert predicted == ["en", "ar", "de", "en"]
+    assert scores[0] == scores[1]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["predictions", "scores.json", "scores.png"]
+
+
+def test_a_finished_run_and_one_with_other_settings_begin_anew(models, tmp_path, predicted):
+    score_until_english(models, tmp_path, predicted)
+    score(models, "xnli", tmp_path, "--languages", "ar", "en", "--batch_size", "8")
+    assert predicted == ["ar", "en"]
+    assert sorted(path.stem for path in (tmp_path / "predictions").iterdir()) == ["ar", "en"]
+    score(models, "xnli", tmp_path, "--languages", "ar", "en", "--batch_size", "8")
+    assert predicted == ["ar", "en"] * 2
+
+
+def test_a_model_that_was_trained_again_is_another_one(models, tmp_path, predicted):
+    model = tmp_path / "model"
+    shutil.copytree(models["xnli"], model)
+    score_until_english({"xnli": str(model)}, tmp_path / "out", predicted)
+    os.utime(model / "model.safetensors", (1, 1))
+    score({"xnli": str(model)}, "xnli", tmp_path / "out", "--languages", "ar", "de")
+    assert predicted == ["ar", "de"]
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    for commit in ("1" * 40, "2" * 40):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+        (repository / "refs" / "main").write_text(commit)
+        assert commit in str(model_origin("org/name"))
 
 
 @pytest.mark.parametrize(

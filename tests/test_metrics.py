@@ -150,4 +150,5 @@ def test_the_article_of_another_language_is_kept_by_squad_and_dropped_by_mlqa(ex
     ("predictions", "expected"), [([0, 1, 2], 100.0), ([0, 1, 1], 200 / 3), ([0, 0, 0], 100 / 3), ([2, 0, 1], 0.0)]
 )
 def test_accuracy_is_from_0_to_100(accuracy, predictions, expected):
-    assert accuracy.compute(predictions=predictions, references=[0, 1, 2]) == {"accuracy": pytest.approx(expected)}
+    result = accuracy.compute(predictions=predictions, references=[0, 1, 2])
+    assert result == {"accuracy": pytest.approx(expected), "majority_rate": pytest.approx(100 / 3)}

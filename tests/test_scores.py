@@ -1,5 +1,6 @@
-"""Means over languages by hand, a scores.json that its schema accepts, and files that are whole or not there."""
+"""Means by hand, their intervals, a scores.json that its schema accepts, and files that are whole or not there."""
 
+import dataclasses
 import json
 
 import jsonschema
@@ -8,6 +9,7 @@ from transformers import BertConfig
 
 from modeling_xlfa import XLFAConfig
 from xlfa.files import building_folder, replacing, write_text
+from xlfa.languages import FAMILIES
 from xlfa.scores import (
     FIGURE_FILE,
     SCORES_FILE,
@@ -18,7 +20,7 @@ from xlfa.scores import (
     write_predictions,
     write_scores,
 )
-from xlfa.tasks import Prediction, get_task
+from xlfa.tasks import TASKS, Prediction, get_task
 
 XNLI, XQUAD = get_task("xnli"), get_task("xquad")
 SETTINGS = {
@@ -33,6 +35,11 @@ SETTINGS = {
 }
 
 
+def answers(right):
+    """Predictions for 20 questions, of which the first ones are right."""
+    return [Prediction(str(number), "fish" if number < right else "no", ["fish"], 0.5) for number in range(20)]
+
+
 def accuracies(**values):
     return {language: {"accuracy": value} for language, value in values.items()}
 
@@ -43,10 +50,10 @@ def answer_scores(value, mlqa):
 
 @pytest.fixture
 def scores():
-    languages = {code: answer_scores(60.0, None) for code in XQUAD.test_configs}
-    languages.update(en=answer_scores(80.0, 90.0), de=answer_scores(70.0, 75.0), ar=answer_scores(0.0, 30.0))
+    right = dict.fromkeys(XQUAD.test_configs, 12) | {"en": 16, "de": 14, "ar": 0}
+    predictions = {code: answers(number) for code, number in right.items()}
     config = XLFAConfig(text_config=BertConfig(num_hidden_layers=4), ot_weight=0.1)
-    return build_scores(XQUAD, languages, ["a", "b"], config, SETTINGS)
+    return build_scores(XQUAD, predictions, [position // 2 for position in range(20)], config, SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +97,60 @@ def test_the_average_of_xtreme_has_its_languages_alone():
     assert summary["average_xtreme"]["f1"] == pytest.approx(50.0)
 
 
-def test_a_language_without_a_metric_is_left_out_of_its_means_alone(scores):
-    assert scores["average"]["f1_mlqa"] == pytest.approx((90 + 75 + 30) / 3)
-    assert scores["average"]["f1"] == pytest.approx((80 + 70 + 0 + 9 * 60) / 12)
-    assert scores["noenf"]["f1_mlqa"] == 30.0
-    assert scores["transfer_gap"]["f1_mlqa"] == pytest.approx(90 - (75 + 30) / 2)
+def test_a_language_without_a_metric_is_left_out_of_its_means_alone():
+    languages = {code: answer_scores(60.0, None) for code in XQUAD.test_configs}
+    languages.update(en=answer_scores(80.0, 90.0), de=answer_scores(70.0, 75.0), ar=answer_scores(0.0, 30.0))
+    summary = summarise(XQUAD, languages)
+    assert summary["average"]["f1_mlqa"] == pytest.approx((90 + 75 + 30) / 3)
+    assert summary["average"]["f1"] == pytest.approx((80 + 70 + 0 + 9 * 60) / 12)
+    assert summary["noenf"]["f1_mlqa"] == 30.0
+    assert summary["transfer_gap"]["f1_mlqa"] == pytest.approx(90 - (75 + 30) / 2)
+
+
+def test_families_are_means_over_the_scored_languages_of_each():
+    families = summarise(XNLI, accuracies(en=80.0, de=70.0, ru=50.0, zh=40.0))["families"]
+    assert families == {
+        "germanic": {"accuracy": 75.0},
+        "sino_tibetan": {"accuracy": 40.0},
+        "slavic": {"accuracy": 50.0},
+    }
+
+
+def test_every_language_of_every_task_has_a_family():
+    assert all(code in FAMILIES for task in TASKS.values() for code in task.test_configs)
+
+
+def test_scores_and_means_have_intervals_around_them(scores):
+    assert scores["languages"]["de"]["f1"] == pytest.approx(70.0)
+    low, high = scores["intervals"]["languages"]["de"]["f1"]
+    assert low < 70 < high
+    assert set(scores["intervals"]["families"]) == set(scores["families"])
+    for name in ("average", "average_xtreme", "enf", "noenf", "transfer_gap"):
+        low, high = scores["intervals"][name]["f1"]
+        assert low < scores[name]["f1"] < high
+    assert scores["intervals"]["languages"]["ar"]["f1"] == [0.0, 0.0]
+    assert scores["intervals"]["languages"]["th"]["f1_mlqa"] is None
+
+
+def test_a_single_cluster_has_scores_and_no_intervals(scores, tmp_path):
+    config = XLFAConfig(text_config=BertConfig(num_hidden_layers=4))
+    single = build_scores(XQUAD, {"en": answers(15)}, [0] * 20, config, SETTINGS)
+    assert single["languages"]["en"]["f1"] == 75.0
+    assert single["intervals"]["languages"] == {"en": dict.fromkeys(XQUAD.metrics)}
+    write_scores(tmp_path, single)
+    assert "75.00 [" not in format_table(single)
+
+
+def test_languages_that_are_not_parallel_have_their_own_ids_and_clusters(schema):
+    task = dataclasses.replace(XQUAD, parallel=False)
+    predictions = {"en": answers(15), "de": answers(10)[:8]}
+    clusters = {"en": list(range(20)), "de": list(range(8))}
+    config = XLFAConfig(text_config=BertConfig(num_hidden_layers=4))
+    scores = build_scores(task, predictions, clusters, config, SETTINGS)
+    jsonschema.validate(scores, schema)
+    assert scores["examples"] == {"en": 20, "de": 8} and scores["clusters"] == clusters
+    assert scores["ids"]["de"] == [str(number) for number in range(8)]
+    assert "8 to 20 examples a language" in format_table(scores)
 
 
 def test_a_metric_that_no_language_of_a_group_has_is_none():
@@ -122,7 +178,9 @@ def test_the_written_file_keeps_to_its_schema(scores, schema, tmp_path):
         ("languages", {"en": {"f1": 101.0}}),
         ("ids", ["a", "a"]),
         ("transfer_gap", {"f1": -101.0}),
-        ("schema_version", 2),
+        ("schema_version", 1),
+        ("intervals", {}),
+        ("clusters", []),
     ],
 )
 def test_the_schema_refuses_what_no_run_may_write(scores, schema, key, value):
@@ -137,11 +195,13 @@ def test_the_figure_is_a_picture_beside_the_scores(scores, tmp_path):
 
 
 def test_the_table_has_a_row_for_each_language_and_mean_and_a_dash_for_none(scores):
+    low, high = scores["intervals"]["languages"]["th"]["f1"]
     lines = {line.split()[0]: line.split()[1:] for line in format_table(scores).splitlines()[2:]}
-    assert lines["en"] == ["80.00", "40.00", "90.00", "90.00"]
-    assert lines["th"] == ["60.00", "30.00", "-", "-"]
-    assert lines["noenf"][2] == "30.00"
-    assert set(XQUAD.test_configs) | {"average", "average_xtreme", "enf", "transfer_gap"} <= set(lines)
+    assert lines["th"][:3] == ["60.00", f"[{low:.1f},", f"{high:.1f}]"] and lines["th"][6:] == ["-", "-"]
+    assert lines["en"][0] == lines["en"][3] == "80.00"
+    assert {"average", "average_xtreme", "enf", "noenf", "transfer_gap", "germanic"} | set(XQUAD.test_configs) <= set(
+        lines
+    )
 
 
 def test_predictions_are_a_json_object_a_line_in_their_own_script(tmp_path):

@@ -4,17 +4,21 @@ import json
 import math
 from types import SimpleNamespace
 
+import jsonschema
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from transformers import AutoTokenizer
 
+from modeling_xlfa import XLFAForQuestionAnswering
 from xlfa.backbones import resolve_encoder
 from xlfa.errors import XLFAError
+from xlfa.evaluation import EvaluationArguments, evaluate_model
+from xlfa.scores import SCORES_SCHEMA
 from xlfa.tasks import Prediction, get_task
 from xlfa.tasks.question_answering import MAX_QUESTION_TOKENS, answer_tokens, best_spans
 
-TASK = get_task("xquad")
+TASK, MLQA, TYDIQA = get_task("xquad"), get_task("mlqa"), get_task("tydiqa")
 MAX_LENGTH, STRIDE = 100, 8
 CONTEXT = " ".join(f"word{number}" for number in range(60))
 OFFSETS = [(0, 3), (4, 7), (7, 9), (10, 14)]
@@ -242,3 +246,98 @@ def test_example_ids_are_those_of_the_data_set():
 def test_an_unknown_language_is_named_with_those_that_exist():
     with pytest.raises(XLFAError, match="'xquad' has no language 'fr'; it has: ar, de"):
         TASK.check_languages(["en", "fr"])
+
+
+def answers_of(texts):
+    """Rows in MLQA's and TyDiQA's schema on the Hub, id → text whose first word is the answer."""
+    rows = [
+        {
+            "id": id,
+            "title": "Weather",
+            "context": text,
+            "question": "which one?",
+            "answers": {"text": [text.split()[0]], "answer_start": [0]},
+        }
+        for id, text in texts.items()
+    ]
+    answers = {"text": List(Value("string")), "answer_start": List(Value("int32"))}
+    strings = dict.fromkeys(("id", "title", "context", "question"), Value("string"))
+    return Dataset.from_list(rows, Features({**strings, "answers": answers}))
+
+
+def test_mlqa_is_scored_by_its_own_normaliser_first():
+    predictions = [Prediction("1", "der Markt", ["Markt"], 0.5)]
+    scores = MLQA.score(predictions, "de")
+    assert tuple(scores) == MLQA.metrics == ("f1_mlqa", "exact_match_mlqa", "f1", "exact_match")
+    assert (scores["exact_match_mlqa"], scores["exact_match"]) == (100.0, 0.0)
+
+
+def test_mlqa_has_context_and_question_in_the_same_language(write_mirror):
+    configs = {
+        "mlqa.de.de": answers_of({"a1": "sonne scheint"}),
+        "mlqa.de.en": answers_of({"b1": "rain falls"}),
+        "mlqa.en.en": answers_of({"c1": "snow lies"}),
+    }
+    root = write_mirror("facebook/mlqa", {name: {"test": rows, "validation": rows} for name, rows in configs.items()})
+    assert MLQA.check_languages(None, root) == ["de", "en"]
+    assert [MLQA.load_test(code, root)["id"][:] for code in ("de", "en")] == [["a1"], ["c1"]]
+
+
+@pytest.fixture
+def tydiqa_root(write_mirror):
+    """All languages of a split in one configuration, told apart by their ids."""
+    return write_mirror(
+        "google-research-datasets/tydiqa",
+        {
+            "secondary_task": {
+                "train": answers_of(
+                    {**{f"english-{number}-0": f"rain on day {number}" for number in range(4)}, "korean-9-1": "rain"}
+                ),
+                "validation": answers_of(
+                    {"arabic-1-0": "rain", "english-5-2": "snow", "arabic-2-0": "sun", "swahili-1-1": "wind"}
+                ),
+            }
+        },
+    )
+
+
+def test_tydiqa_rows_are_told_apart_by_language(tydiqa_root):
+    found = {code: TYDIQA.load_test(code, tydiqa_root) for code in ("ar", "en", "sw")}
+    assert {code: rows["id"][:] for code, rows in found.items()} == {
+        "ar": ["arabic-1-0", "arabic-2-0"],
+        "en": ["english-5-2"],
+        "sw": ["swahili-1-1"],
+    }
+    with pytest.raises(XLFAError, match=r"tydiqa \(te\): no row has an id that begins with 'telugu-'"):
+        TYDIQA.load_test("te", tydiqa_root)
+
+
+def test_tydiqa_is_trained_in_english_or_on_another_set(tydiqa_root, write_mirror):
+    training, held_out = TYDIQA.load_training(None, tydiqa_root, None, 0), TYDIQA.load_validation(None, tydiqa_root)
+    assert sorted([*training["id"], *held_out["id"]]) == [f"english-{number}-0" for number in range(4)]
+    write_mirror("rajpurkar/squad", {"default": {"train": answers_of({"7": "rain", "8": "snow"})}})
+    assert len(TYDIQA.load_training("rajpurkar/squad", tydiqa_root, None, 0)) == 1
+
+
+@pytest.mark.parametrize(("name", "languages"), [("mlqa", ["de", "en"]), ("tydiqa", ["ar", "en"])])
+def test_each_language_is_scored_on_its_own_questions(
+    write_mirror, tydiqa_root, tiny_encoder, tmp_path, name, languages
+):
+    write_mirror(
+        "facebook/mlqa",
+        {
+            "mlqa.de.de": {"test": answers_of({"a": "sonne scheint", "b": "regen"})},
+            "mlqa.en.en": {"test": answers_of({"c": "snow lies"})},
+        },
+    )
+    folder = str(tmp_path / "model")
+    XLFAForQuestionAnswering.from_encoder(tiny_encoder).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
+    arguments = EvaluationArguments(
+        model=folder, task=name, languages=languages, data_root=tydiqa_root, max_length=100, doc_stride=8
+    )
+    scores = evaluate_model(arguments)
+    jsonschema.validate(scores, json.loads(SCORES_SCHEMA.read_text()))
+    assert scores["examples"] == {languages[0]: 2, "en": 1}
+    assert scores["primary_metric"] == get_task(name).metrics[0]
+    assert len(scores["ids"]["en"]) == 1

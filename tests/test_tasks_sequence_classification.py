@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from xlfa.errors import XLFAError
 from xlfa.tasks import Prediction, get_task
 
-TASK = get_task("xnli")
+TASK, PAWSX = get_task("xnli"), get_task("pawsx")
 ROWS = Dataset.from_list(
     [
         {"premise": "a cat sat", "hypothesis": "a cat", "label": 0},
@@ -151,5 +151,48 @@ def test_unknown_languages_are_named_with_those_that_exist():
 
 
 def test_an_unknown_task_is_named_with_those_that_exist():
-    with pytest.raises(XLFAError, match="'mlqa'; there are: xnli, xquad"):
-        get_task("mlqa")
+    with pytest.raises(XLFAError, match="'mnist'; there are: xnli, pawsx, wikiann"):
+        get_task("mnist")
+
+
+def paraphrases(pairs):
+    return Dataset.from_list(
+        [
+            {"id": number, "sentence1": first, "sentence2": second, "label": label}
+            for number, (first, second, label) in enumerate(pairs)
+        ]
+    )
+
+
+def test_paraphrases_that_share_a_sentence_stay_together():
+    rows = paraphrases([("a", "b", 1), ("c", "d", 0), ("b", "e", 0), ("e", "f", 1)])
+    groups = PAWSX.groups(rows)
+    assert groups[0] == groups[2] == groups[3] != groups[1]
+
+
+def test_the_majority_rate_of_each_language_stands_beside_the_accuracy():
+    predictions = [
+        Prediction(str(number), "paraphrase", name, 0.5)
+        for number, name in enumerate(["different"] * 3 + ["paraphrase"])
+    ]
+    assert PAWSX.score(predictions, "ko") == {"accuracy": 25.0, "majority_rate": 75.0}
+    contributions = PAWSX.contributions(predictions, "ko")
+    for name, score in PAWSX.score(predictions, "ko").items():
+        assert PAWSX.score_of_sums(name, contributions[name].sum(0)) == score
+
+
+def test_the_official_test_split_is_scored_where_it_is_there(write_mirror):
+    rows = paraphrases([("a", "b", 1)])
+    root = write_mirror(PAWSX.test_dataset, {"en": {"validation": rows, "test": rows}, "de": {"validation": rows}})
+    assert str(PAWSX.load_test("en", root).split) == "test"
+    assert str(PAWSX.load_test("de", root).split) == "validation"
+    with pytest.raises(XLFAError, match=r"paws-x \(en\) has no split 'train'; it has: validation, test"):
+        PAWSX.load_training(None, root, None, 0)
+
+
+@pytest.mark.shared
+def test_paraphrases_of_the_mirror_are_parallel(mirror):
+    languages = {code: PAWSX.load_test(code, mirror) for code in PAWSX.check_languages(None, mirror)}
+    assert len(languages) == 7
+    assert {tuple(PAWSX.example_ids(rows)) for rows in languages.values()} == {tuple(map(str, range(2000)))}
+    assert len(set(PAWSX.groups(languages["en"]))) == 1201

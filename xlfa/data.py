@@ -1,18 +1,26 @@
 """Loading data sets: from the Hub, from a local mirror of it, or from the sample that ships with the package."""
 
 import hashlib
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, get_dataset_config_names, load_dataset
+from datasets import Dataset, get_dataset_config_names, get_dataset_split_names, load_dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from xlfa.errors import XLFAError
 
+logger = logging.getLogger(__name__)
+
 
 class UnknownConfiguration(XLFAError):
     """A data set that exists has no configuration of that name."""
+
+
+class UnknownSplit(XLFAError):
+    """A configuration that exists has no split of that name."""
 
 
 # `--data_root sample`: the embedded texts, for trying the tool out.
@@ -67,10 +75,15 @@ def load_rows(
         # What datasets raises for a JSON file without a line.
         raise XLFAError(f"{place} is empty: there is nothing to train on or score") from None
     except (ValueError, FileNotFoundError, DatasetGenerationError) as error:
-        known = _config_names(location)
+        known = _names(get_dataset_config_names, location)
         if known is not None and config is not None and config not in known:
             raise UnknownConfiguration(
                 f"{dataset} has no configuration {config!r}; it has: {', '.join(known)}"
+            ) from None
+        known = _names(get_dataset_split_names, location, config)
+        if known is not None and split not in known:
+            raise UnknownSplit(
+                f"{dataset} ({config or 'default'}) has no split {split!r}; it has: {', '.join(known)}"
             ) from None
         raise XLFAError(f"cannot load {place}: {error.__cause__ or error}") from None
     missing = [column for column in columns if column not in rows.column_names]
@@ -94,11 +107,54 @@ def folder_cache(folder: Path) -> str:
     return str(Path(HF_DATASETS_CACHE) / "xlfa" / digest.hexdigest()[:16])
 
 
-def _config_names(location: str) -> list[str] | None:
+def load_first_split(
+    dataset: str, config: str, splits: tuple[str, ...], data_root: str | None = None, columns: tuple[str, ...] = ()
+) -> Dataset:
+    """`load_rows` of the first of `splits` that the data set has; the rows' `split` names it.
+
+    Raises:
+        XLFAError: as `load_rows`; if the data set has none of them.
+    """
+    for split in splits[:-1]:
+        try:
+            return load_rows(dataset, config, split, data_root, columns)
+        except UnknownSplit as error:
+            logger.info("%s; trying the next of %s", error, ", ".join(splits))
+    return load_rows(dataset, config, splits[-1], data_root, columns)
+
+
+def held_configurations(dataset: str, configs: list[str], data_root: str | None) -> list[str]:
+    """Those of `configs` that are there: a local folder may hold a part of the data set, the Hub holds all of it.
+
+    Raises:
+        XLFAError: if the local folder does not exist.
+    """
+    known = None if data_root is None else _names(get_dataset_config_names, dataset_location(dataset, data_root))
+    return configs if known is None else [config for config in configs if config in known]
+
+
+def _names(read: Callable[..., list[str]], *arguments: str | None) -> list[str] | None:
+    """What datasets tells of configurations or splits; None where it cannot tell."""
     try:
-        return get_dataset_config_names(location)
+        return read(*arguments)
     except (ValueError, FileNotFoundError, ConnectionError):
         return None
+
+
+def connected_groups(columns: list[list[str]]) -> list[str]:
+    """The group of each row, by one of its values: rows that share a value, in any column, are in one group, and so are
+    those that such rows link."""
+    parents: dict[str, str] = {}
+
+    def root(value: str) -> str:
+        while parents.setdefault(value, value) != value:
+            parents[value] = value = parents[parents[value]]
+        return value
+
+    for first, *others in zip(*columns):
+        for other in others:
+            parents[root(other)] = root(first)
+    return [root(value) for value in columns[0]]
 
 
 def sample_clusters(clusters: list[str], max_examples: int | None, seed: int) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 
 import xlfa
 
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers", "huggingface_hub")
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers", "huggingface_hub", "scipy")
 # Installed or not, by the user's choice of extras.
 OPTIONAL_PACKAGES = ("numba", "triton")
 

@@ -9,43 +9,61 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
 from xlfa.arguments import option, parse_arguments
+from xlfa.comparison import compare_runs, format_comparison, write_comparison
 from xlfa.data import SAMPLE, sample_clusters
-from xlfa.environment import describe_threads
+from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError, exit_with_message
 from xlfa.prediction import predict
-from xlfa.scores import Scores, build_scores, format_table, write_predictions, write_scores
-from xlfa.tasks import TASKS, Task, get_task
+from xlfa.resuming import begin, finish, model_origin
+from xlfa.scores import build_scores, format_table, predictions_file, write_predictions, write_scores
+from xlfa.statistics import Clusters, cluster_numbers
+from xlfa.tasks import TASKS, Prediction, Task, get_task
 
 logger = logging.getLogger(__name__)
 
-DESCRIPTION = "Score a trained XLFA model in every language of a task; writes scores.json, predictions and a figure."
+DESCRIPTION = (
+    "Score a trained XLFA model in every language of a task (--model); writes scores.json, predictions and a figure. "
+    "Or compare two runs that were scored (--compare)."
+)
 
 
 @dataclass
 class EvaluationArguments:
     """What is scored, and how."""
 
-    model: str = field(metadata={"help": "Trained XLFA model: a folder or a Hub id."})
     task: str = field(metadata={"help": "Task to score.", "choices": list(TASKS)})
+    model: str | None = option("Trained XLFA model: a folder or a Hub id.")
+    compare: list[str] | None = option(
+        "Instead of --model: two runs, A and B, scored on the same examples. Prints B - A by language, with intervals "
+        "and p values; --output_dir gets compare.json. Only --task and --output_dir apply."
+    )
     languages: list[str] | None = option("ISO 639-1 codes; by default all of the task.")
     data_root: str | None = option(
         "Folder with data sets as <org>/<name> instead of the Hub, or 'sample' for the embedded texts."
     )
     output_dir: str | None = option("Where to write; by default <model>/scores/<task>.")
     max_examples: int | None = option(
-        "Score a seeded sample of whole premises or paragraphs, at most that many examples, the same in every language."
+        "Score a seeded sample of whole premises or paragraphs, at most that many examples a language; the same in "
+        "every language of a parallel set."
     )
     seed: int = option("Of that sample.", 0)
     batch_size: int = option("Inputs a batch.", 32)
     max_length: int | None = option("Longest input in tokens; by default as in training.")
     doc_stride: int | None = option("Tokens that neighbouring windows share (QA); by default as in training.")
     bf16: bool = option("Matrix products in bfloat16.", False)
+
+    def __post_init__(self):
+        if (self.model is None) == (self.compare is None):
+            raise ValueError("give either --model, to score it, or --compare with two runs that were scored")
+        if self.compare is not None and len(self.compare) != 2:
+            raise ValueError(f"--compare takes two runs, not {len(self.compare)}: {' '.join(self.compare)}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,20 +74,34 @@ def main(argv: list[str] | None = None) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available())
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
+    if arguments.compare is not None:
+        if state.is_main_process:
+            compare(arguments)
+        return
     scores = evaluate_model(arguments)
     if state.is_main_process:
         print(format_table(scores))
         print(f"written to {output_folder(arguments)}")
 
 
+def compare(arguments: EvaluationArguments) -> None:
+    """Print the comparison of two scored runs; write it to `--output_dir` if that is given."""
+    comparison = compare_runs(get_task(arguments.task), *map(Path, arguments.compare))
+    print(format_comparison(comparison))
+    if arguments.output_dir is not None:
+        print(f"written to {write_comparison(Path(arguments.output_dir), comparison)}")
+
+
 def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
     """Score all languages with one load of the model; returns the content of `scores.json`.
+
+    Languages that a run of the same model, data and settings finished before it was interrupted are not scored again.
 
     Raises:
         XLFAError: for anything about the arguments, model or data that the user can mend.
     """
     task = get_task(arguments.task)
-    languages = task.check_languages(arguments.languages)
+    languages = task.check_languages(arguments.languages, arguments.data_root)
     logger.info(describe_threads())
     model, tokenizer = load_model(task, arguments.model)
     state = PartialState()
@@ -77,11 +109,38 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
     max_length = first_given(arguments.max_length, model.config.input_length, task.defaults.max_length)
     doc_stride = first_given(arguments.doc_stride, model.config.input_stride, task.defaults.doc_stride)
 
-    ids = chosen_ids(task, arguments)
-    by_language: dict[str, Scores] = {}
+    shared_ids: list[str] | None = None
+    clusters: Clusters = {}
+    if task.parallel:
+        english = task.load_test("en", arguments.data_root)
+        shared_ids = chosen_ids(task, english, arguments)
+        clusters = cluster_numbers(task.groups(select_ids(task, english, shared_ids, "en")))
+    splits: dict[str, str] = {}
+    settings = {
+        "data": {None: "hub", SAMPLE: SAMPLE}.get(arguments.data_root, "local mirror"),
+        "max_examples": arguments.max_examples,
+        "seed": arguments.seed,
+        "max_length": max_length,
+        "doc_stride": doc_stride,
+        "batch_size": arguments.batch_size,
+        "bf16": arguments.bf16,
+        "processes": state.num_processes,
+        "splits": splits,
+    }
+    kept = kept_predictions(arguments, settings, languages)
+    predictions: dict[str, list[Prediction]] = {}
     for language in tqdm(languages, desc="languages", disable=not state.is_main_process):
-        rows = select_ids(task, task.load_test(language, arguments.data_root), ids, language)
-        predictions = predict(
+        rows = task.load_test(language, arguments.data_root)
+        splits[language] = str(rows.split)
+        ids = shared_ids or chosen_ids(task, rows, arguments)
+        rows = select_ids(task, rows, ids, language)
+        if isinstance(clusters, dict):
+            clusters[language] = cluster_numbers(task.groups(rows))
+        if [row.id for row in kept.get(language, [])] == ids:
+            logger.info("%s: kept from the interrupted run", language)
+            predictions[language] = kept[language]
+            continue
+        predictions[language] = predict(
             model,
             tokenizer,
             task,
@@ -93,24 +152,31 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
             bf16=arguments.bf16,
             description=language,
         )
-        by_language[language] = task.score(predictions, language)
         if state.is_main_process:
-            write_predictions(output_folder(arguments) / "predictions" / f"{language}.jsonl", predictions)
+            write_predictions(predictions_file(output_folder(arguments), language), predictions[language])
 
-    settings = {
-        "data": {None: "hub", SAMPLE: SAMPLE}.get(arguments.data_root, "local mirror"),
-        "max_examples": arguments.max_examples,
-        "seed": arguments.seed,
-        "max_length": max_length,
-        "doc_stride": doc_stride,
-        "batch_size": arguments.batch_size,
-        "bf16": arguments.bf16,
-        "processes": state.num_processes,
-    }
-    scores = build_scores(task, by_language, ids, model.config, settings)
+    scores = build_scores(task, predictions, clusters, model.config, settings)
     if state.is_main_process:
         write_scores(output_folder(arguments), scores)
+        finish(output_folder(arguments))
     return scores
+
+
+def kept_predictions(
+    arguments: EvaluationArguments, settings: dict[str, Any], languages: list[str]
+) -> dict[str, list[Prediction]]:
+    """Those of the languages that an interrupted run finished, in every process; see `xlfa.resuming`."""
+    kept: list[dict[str, list[Prediction]]] = [{}]
+    if PartialState().is_main_process:
+        origin = {
+            "model": model_origin(arguments.model),
+            "data_root": arguments.data_root,
+            "settings": settings,
+            "versions": versions(),
+        }
+        kept = [begin(output_folder(arguments), origin, languages)]
+    # The processes share the work of a language: they must agree on which ones are left.
+    return broadcast_object_list(kept)[0]
 
 
 def first_given(*values: int | None) -> int:
@@ -155,10 +221,9 @@ def load_model(task: Task, name_or_path: str) -> tuple[XLFAPreTrainedModel, PreT
         raise XLFAError(f"--model {name_or_path}: cannot load it ({error})") from None
 
 
-def chosen_ids(task: Task, arguments: EvaluationArguments) -> list[str]:
-    """Ids of the examples to score: clusters are those of the English rows, so they are the same in every language."""
-    rows = task.load_test("en", arguments.data_root)
-    positions = sample_clusters(rows[task.group_column], arguments.max_examples, arguments.seed)
+def chosen_ids(task: Task, rows: Dataset, arguments: EvaluationArguments) -> list[str]:
+    """Ids of the examples to score: of the English rows for every language of a parallel set, else of its own rows."""
+    positions = sample_clusters(task.groups(rows), arguments.max_examples, arguments.seed)
     ids = task.example_ids(rows)
     return [ids[position] for position in positions]
 

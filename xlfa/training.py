@@ -13,7 +13,7 @@ import torch
 import transformers
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
@@ -240,7 +240,7 @@ def train(
         model=model,
         args=training_args,
         train_dataset=features,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=task.collator(tokenizer),
         processing_class=tokenizer,
         task=task,
         pair_sampler=pair_sampler,
@@ -350,7 +350,7 @@ def vocabulary_texts(
     for pairs in pair_texts.values():
         for pair in pairs:
             yield from pair
-    for language in task.test_configs:
+    for language in task.check_languages(None, data_args.data_root):
         yield from task.texts(task.load_test(language, data_args.data_root))
 
 

@@ -1,4 +1,4 @@
-"""Extractive question answering (XQuAD): windows over long contexts, and the best span back from them."""
+"""Extractive question answering (XQuAD, MLQA, TyDiQA): windows over long contexts, and the best span back from them."""
 
 import functools
 import logging
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from modeling_xlfa import XLFAForQuestionAnswering
 from xlfa.errors import XLFAError
+from xlfa.metrics.extractive_qa import MLQA_ARTICLES, f1_score, normalize_mlqa, normalize_squad
 from xlfa.tasks.task import Prediction, Task
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ class QuestionAnsweringTask(Task):
 
     metrics: tuple[str, ...] = ("f1", "exact_match", "f1_mlqa", "exact_match_mlqa")
     columns: tuple[str, ...] = ("id", "context", "question", "answers")
-    group_column: str = "context"
+    group_columns: tuple[str, ...] = ("context",)
 
     @property
     def model_class(self) -> type:
@@ -150,11 +152,25 @@ class QuestionAnsweringTask(Task):
         return predictions
 
     def score(self, predictions: list[Prediction], language: str) -> dict[str, float | None]:
-        return _extractive_qa().compute(
+        result = _extractive_qa().compute(
             predictions=[row.prediction for row in predictions],
             references=[row.label for row in predictions],
             language=language,
         )
+        return {name: result[name] for name in self.metrics}
+
+    def contributions(self, predictions: list[Prediction], language: str) -> dict[str, np.ndarray]:
+        normalizers = {"": normalize_squad}
+        if language in MLQA_ARTICLES:
+            normalizers["_mlqa"] = functools.partial(normalize_mlqa, language=language)
+        found: dict[str, list[tuple[float, float]]] = {}
+        for row in predictions:
+            for suffix, normalize in normalizers.items():
+                prediction, answers = normalize(row.prediction), [normalize(answer) for answer in row.label]
+                f1 = max(f1_score(prediction, answer) for answer in answers)
+                found.setdefault(f"f1{suffix}", []).append((f1, 1.0))
+                found.setdefault(f"exact_match{suffix}", []).append((prediction in answers, 1.0))
+        return {name: np.array(found[name]) for name in self.metrics if name in found}
 
 
 def answer_tokens(offsets: list[tuple[int, int]], start_char: int, end_char: int) -> tuple[int, int] | None:

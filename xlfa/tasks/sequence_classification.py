@@ -1,4 +1,4 @@
-"""Tasks that give one label to a pair of sentences (XNLI)."""
+"""Tasks that give one label to a pair of sentences (XNLI, PAWS-X)."""
 
 import functools
 import logging
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
@@ -89,7 +90,19 @@ class SequenceClassificationTask(Task):
             predictions=[numbers[row.prediction] for row in predictions],
             references=[numbers[row.label] for row in predictions],
         )
-        return {"accuracy": result["accuracy"]}
+        return {name: result[name] for name in self.metrics}
+
+    def contributions(self, predictions: list[Prediction], language: str) -> dict[str, np.ndarray]:
+        found = {
+            "accuracy": np.array([[row.prediction == row.label, 1.0] for row in predictions]),
+            "majority_rate": np.array([[float(row.label == name) for name in self.label_names] for row in predictions]),
+        }
+        return {name: found[name] for name in self.metrics}
+
+    def score_of_sums(self, metric: str, sums: np.ndarray) -> np.ndarray:
+        if metric == "majority_rate":
+            return 100.0 * sums.max(-1) / sums.sum(-1)
+        return super().score_of_sums(metric, sums)
 
 
 @functools.cache

@@ -1,0 +1,47 @@
+"""Scoring that was interrupted: the languages that it finished are read and not predicted again.
+
+Until a run is finished, a file in its folder says what its predictions come from: model, data and settings.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from xlfa.files import write_text
+from xlfa.scores import predictions_file, read_predictions
+from xlfa.tasks import Prediction
+
+UNFINISHED_FILE = "unfinished.json"
+
+
+def begin(folder: Path, origin: dict[str, Any], languages: list[str]) -> dict[str, list[Prediction]]:
+    """The predictions that an unfinished run of the same origin left in `folder`, by language; others are removed."""
+    marker = folder / UNFINISHED_FILE
+    text = json.dumps(origin, indent=2, sort_keys=True) + "\n"
+    if marker.is_file() and marker.read_text(encoding="utf-8") == text:
+        files = {language: predictions_file(folder, language) for language in languages}
+        return {language: read_predictions(path) for language, path in files.items() if path.is_file()}
+    for path in folder.glob("predictions/*.jsonl"):
+        path.unlink()
+    write_text(marker, text)
+    return {}
+
+
+def finish(folder: Path) -> None:
+    """From now on a run into `folder` begins anew."""
+    (folder / UNFINISHED_FILE).unlink()
+
+
+def model_origin(name_or_path: str) -> dict[str, Any]:
+    """What tells a loaded model from another one, or from one trained again: its files' sizes and times, its commit."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        # The path has the commit in it.
+        return {"name": name_or_path, "cached": str(try_to_load_from_cache(name_or_path, "config.json"))}
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {
+        "name": str(folder.resolve()),
+        "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+    }

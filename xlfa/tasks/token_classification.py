@@ -1,0 +1,155 @@
+"""Tasks that give a tag to each word of a sentence (named entities, parts of speech)."""
+
+import functools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+from datasets import ClassLabel, Dataset
+from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
+
+from modeling_xlfa import XLFAForTokenClassification
+from xlfa.errors import XLFAError
+from xlfa.metrics.tagging import count_tags
+from xlfa.tasks.task import Prediction, Task
+
+logger = logging.getLogger(__name__)
+
+TAGGING = Path(__file__).parent.parent / "metrics" / "tagging.py"
+# The loss leaves out tokens with this label.
+NOT_SCORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenClassificationTask(Task):
+    """A tag for each word, read from the word's first piece.
+
+    A word that the length limit cuts off, or that the tokenizer gives no piece (an empty string, a zero-width space),
+    is missed: its prediction is None. XTREME cuts longer sentences into several inputs instead.
+
+    Attributes:
+        tag_column: the numbers of the tags; the words stand in `tokens`.
+    """
+
+    tag_column: str
+    group_columns: tuple[str, ...] = ()
+    parallel: bool = False
+
+    @property
+    def model_class(self) -> type:
+        return XLFAForTokenClassification
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForTokenClassification:
+        return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=NOT_SCORED)
+
+    def texts(self, rows: Dataset) -> list[str]:
+        return list(dict.fromkeys(word for words in rows["tokens"] for word in words))
+
+    def check_rows(self, rows: Dataset, place: str) -> None:
+        feature = getattr(rows.features[self.tag_column], "feature", None)
+        if isinstance(feature, ClassLabel) and tuple(feature.names) != self.label_names:
+            raise XLFAError(
+                f"{place}: the tags of {self.tag_column!r} are {', '.join(feature.names)}; the task {self.name!r} "
+                f"needs {', '.join(self.label_names)}, in this order"
+            )
+        known = range(len(self.label_names))
+        for position, (words, tags) in enumerate(zip(rows["tokens"], rows[self.tag_column])):
+            if not words or any(word is None for word in words):
+                raise XLFAError(f"{place}: row {position} has no words, or a word that is null")
+            if len(words) != len(tags or []):
+                raise XLFAError(f"{place}: row {position} has {len(words)} words and {len(tags or [])} tags")
+            unknown = [tag for tag in tags if tag not in known]
+            if unknown:
+                raise XLFAError(
+                    f"{place}: row {position} has the tag {unknown[0]!r}; the task {self.name!r} knows "
+                    f"0..{len(self.label_names) - 1} ({', '.join(self.label_names)})"
+                )
+
+    def _encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, Any]]:
+        """One input a sentence; `first_pieces` is the position of the first piece of each word, None if missed."""
+        sentences = list(rows["tokens"])
+        if max_length <= tokenizer.num_special_tokens_to_add():
+            raise XLFAError(f"--max_length {max_length} leaves no room for a word beside the special tokens: raise it")
+        encoded = tokenizer(sentences, is_split_into_words=True, truncation=True, max_length=max_length)
+        windows = []
+        for example, words in enumerate(sentences):
+            first_pieces: list[int | None] = [None] * len(words)
+            for piece, word in enumerate(encoded.word_ids(example)):
+                if word is not None and first_pieces[word] is None:
+                    first_pieces[word] = piece
+            inputs = {name: encoded[name][example] for name in encoded}
+            windows.append({"example": example, **inputs, "first_pieces": first_pieces})
+        missed = sum(window["first_pieces"].count(None) for window in windows)
+        if missed:
+            logger.warning(
+                "%s: %d of %d words are missed: behind the limit of %d tokens, or without a piece",
+                self.name,
+                missed,
+                sum(map(len, sentences)),
+                max_length,
+            )
+        return windows
+
+    def training_features(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
+    ) -> Dataset:
+        features: list[dict[str, list[int]]] = []
+        for window, tags in zip(self._encode(rows, tokenizer, max_length), rows[self.tag_column]):
+            del window["example"]
+            labels = [NOT_SCORED] * len(window["input_ids"])
+            for piece, tag in zip(window.pop("first_pieces"), tags):
+                if piece is not None:
+                    labels[piece] = tag
+            # The mean loss of a batch without a label is no number.
+            if any(label != NOT_SCORED for label in labels):
+                features.append({**window, "labels": labels})
+        if not features:
+            raise XLFAError(f"no training sentence of the task {self.name!r} has a word that the tokenizer knows")
+        return Dataset.from_list(features)
+
+    def scoring_windows(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
+    ) -> list[dict[str, Any]]:
+        return self._encode(rows, tokenizer, max_length)
+
+    def read_outputs(self, outputs: ModelOutput, windows: list[dict[str, Any]]) -> list[Any]:
+        """(tag, probability) of each word of each window, None for a missed word."""
+        probabilities, tags = (values.tolist() for values in outputs.logits.float().softmax(-1).max(-1))
+        return [
+            [
+                None if piece is None else (tags[row][piece], probabilities[row][piece])
+                for piece in window["first_pieces"]
+            ]
+            for row, window in enumerate(windows)
+        ]
+
+    def predictions(
+        self, rows: Dataset, ids: list[str], windows: list[dict[str, Any]], readings: list[Any]
+    ) -> list[Prediction]:
+        predictions = []
+        for id, tags, reading in zip(ids, rows[self.tag_column], readings, strict=True):
+            predicted = [None if word is None else self.label_names[word[0]] for word in reading]
+            probabilities = [word[1] for word in reading if word is not None]
+            score = sum(probabilities) / max(1, len(probabilities))
+            predictions.append(Prediction(id, predicted, [self.label_names[tag] for tag in tags], score))
+        return predictions
+
+    def score(self, predictions: list[Prediction], language: str) -> dict[str, float | None]:
+        result = _tagging().compute(
+            predictions=[row.prediction for row in predictions],
+            references=[row.label for row in predictions],
+        )
+        return {name: result[name] for name in self.metrics}
+
+    def contributions(self, predictions: list[Prediction], language: str) -> dict[str, np.ndarray]:
+        counts = count_tags([row.prediction for row in predictions], [row.label for row in predictions])
+        return {name: np.array(counts[name], dtype=float) for name in self.metrics}
+
+
+@functools.cache
+def _tagging() -> evaluate.EvaluationModule:
+    return evaluate.load(str(TAGGING))
