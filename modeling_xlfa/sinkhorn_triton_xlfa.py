@@ -64,17 +64,7 @@ def solve_with_triton(problem: TransportProblem) -> TransportResult:
 
     epsilon = problem.epsilon.contiguous()
     a, b = problem.source_marginal.contiguous(), problem.target_marginal.contiguous()
-    result = TransportResult(
-        value=torch.empty_like(epsilon),
-        source_potential=torch.empty_like(a),
-        target_potential=torch.empty_like(b),
-        iterations=torch.empty_like(epsilon, dtype=torch.long),
-        marginal_error=torch.empty_like(epsilon),
-        converged=torch.empty_like(epsilon, dtype=torch.bool),
-        plan_entropy=torch.empty_like(epsilon),
-        epsilon=problem.epsilon,
-        plan=torch.empty_like(cost),
-    )
+    result = TransportResult.of_empty_pairs(problem)
     rows, columns = (max(LANES.value, triton.next_power_of_2(size)) for size in (n, m))
     slab = rows if rows * columns <= ON_CHIP_ENTRIES else STREAMED_ROWS
     with torch.cuda.device_of(cost):

@@ -83,6 +83,22 @@ class TransportResult:
     epsilon: torch.Tensor
     plan: torch.Tensor | None = None
 
+    @classmethod
+    def of_empty_pairs(cls, problem: TransportProblem) -> "TransportResult":
+        """Value, plan and error 0, converged without a sweep: what a back end fills in where pairs have tokens."""
+        per_pair = torch.zeros_like(problem.epsilon)
+        return cls(
+            value=per_pair,
+            source_potential=torch.zeros_like(problem.source_marginal),
+            target_potential=torch.zeros_like(problem.target_marginal),
+            iterations=torch.zeros_like(per_pair, dtype=torch.long),
+            marginal_error=per_pair.clone(),
+            converged=torch.ones_like(per_pair, dtype=torch.bool),
+            plan_entropy=per_pair.clone(),
+            epsilon=problem.epsilon,
+            plan=torch.zeros_like(problem.cost),
+        )
+
     @property
     def effective_links(self) -> torch.Tensor:
         """B, the number of target tokens a source token is linked to: the perplexity of the plan's rows."""
@@ -91,7 +107,7 @@ class TransportResult:
 
 def solve_with_torch(problem: TransportProblem) -> TransportResult:
     """Solve every pair of the batch; see `sinkhorn` in `transport_xlfa.py` for the method."""
-    result = _result_of_empty_pairs(problem)
+    result = TransportResult.of_empty_pairs(problem)
     active = torch.nonzero(~problem.empty).squeeze(1)
     if active.numel() == 0:
         return result
@@ -123,22 +139,6 @@ def solve_with_torch(problem: TransportProblem) -> TransportResult:
         if any_newton:
             state.newton(torch.nonzero(newton).squeeze(1))
         block = FIRST_BLOCK if any_newton else min(LAST_BLOCK, block + block // 2)
-
-
-def _result_of_empty_pairs(problem: TransportProblem) -> TransportResult:
-    """Value, plan and error 0, converged without a sweep: what stays for the pairs that are empty."""
-    per_pair = torch.zeros_like(problem.epsilon)
-    return TransportResult(
-        value=per_pair,
-        source_potential=torch.zeros_like(problem.source_marginal),
-        target_potential=torch.zeros_like(problem.target_marginal),
-        iterations=torch.zeros_like(per_pair, dtype=torch.long),
-        marginal_error=per_pair.clone(),
-        converged=torch.ones_like(per_pair, dtype=torch.bool),
-        plan_entropy=per_pair.clone(),
-        epsilon=problem.epsilon,
-        plan=torch.zeros_like(problem.cost),
-    )
 
 
 class _Sweeps:

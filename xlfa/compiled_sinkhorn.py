@@ -487,14 +487,13 @@ def _solve_pairs(
     plan_entropy,
     plan,
 ):
-    """Solve the pairs `order` one after the other and write what `TransportResult` holds of them; tau 0 is hard."""
+    """Solve the pairs `order` one after the other and write what `TransportResult` holds of them; tau 0 is hard.
+
+    The outputs hold an empty pair's result already, and its zeros where there is no token.
+    """
     for index in order:
         rows, columns = source_marginal[index].nonzero()[0], target_marginal[index].nonzero()[0]
-        source_potential[index], target_potential[index] = np.float32(0.0), np.float32(0.0)
-        plan[index] = np.float32(0.0)
         if rows.size == 0 or columns.size == 0:
-            value[index], marginal_error[index], plan_entropy[index] = 0, 0, 0
-            iterations[index], converged[index] = 0, True
             continue
         pair = _new_pair(rows.size, columns.size)
         for i in range(rows.size):
@@ -520,17 +519,7 @@ def solve_compiled(problem: TransportProblem) -> TransportResult:
     if problem.cost.dtype != torch.float32:
         return solve_with_torch(problem)
     pairs = len(problem.cost)
-    result = TransportResult(
-        value=torch.empty(pairs),
-        source_potential=torch.empty_like(problem.source_marginal),
-        target_potential=torch.empty_like(problem.target_marginal),
-        iterations=torch.empty(pairs, dtype=torch.long),
-        marginal_error=torch.empty(pairs),
-        converged=torch.empty(pairs, dtype=torch.bool),
-        plan_entropy=torch.empty(pairs),
-        epsilon=problem.epsilon,
-        plan=torch.empty_like(problem.cost),
-    )
+    result = TransportResult.of_empty_pairs(problem)
     tau = torch.zeros(pairs) if problem.tau is None else problem.tau
     inputs = (problem.cost, problem.epsilon, problem.source_marginal, problem.target_marginal, tau)
     outputs = (
