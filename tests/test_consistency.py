@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from xlfa.consistency import (
@@ -38,26 +39,17 @@ def written_out(one, other):
     return np.mean(values)
 
 
-def write_mirror(root, languages):
-    folder = root / "local" / "bmlama17"
-    configs = []
-    for language, rows in languages.items():
-        (folder / language).mkdir(parents=True)
-        (folder / language / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        configs.append(f"- config_name: {language}\n  data_files:\n  - split: test\n    path: {language}/test.jsonl\n")
-    (folder / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
-    return str(root)
-
-
 def rows_of(prompts=PROMPTS, candidates=CANDIDATES):
-    return [{"prompt": prompt, "candidates": each} for prompt, each in zip(prompts, candidates)]
+    """A test split."""
+    rows = [{"prompt": prompt, "candidates": each} for prompt, each in zip(prompts, candidates)]
+    return {"test": Dataset.from_list(rows)}
 
 
 @pytest.fixture
-def data_root(tmp_path):
+def data_root(write_mirror):
     """Two languages with the same text, and one with other prompts."""
     other = ["is <mask> the capital?", "river <mask>", "<mask>"]
-    return write_mirror(tmp_path / "root", {"en": rows_of(), "nl": rows_of(), "es": rows_of(other)})
+    return write_mirror(DATASET, {"en": rows_of(), "nl": rows_of(), "es": rows_of(other)})
 
 
 @pytest.fixture
@@ -145,13 +137,13 @@ def test_a_sample_is_the_same_in_every_language(tiny_encoder, data_root):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (rows_of()[:2], "xx has 2 rows and en 3"),
+        (rows_of(PROMPTS[:2]), "xx has 2 rows and en 3"),
         (rows_of(candidates=[["a"], *CANDIDATES[1:]]), "(xx): query 0 has 1 candidates, in en it has 4"),
         (rows_of(prompts=["no blank", *PROMPTS[1:]]), "(xx): query 0 is 'no blank'; a prompt has one <mask>"),
     ],
 )
-def test_rows_that_are_not_aligned_are_named(tiny_encoder, tmp_path, rows, message):
-    root = write_mirror(tmp_path / "root", {"en": rows_of(), "xx": rows})
+def test_rows_that_are_not_aligned_are_named(tiny_encoder, write_mirror, rows, message):
+    root = write_mirror(DATASET, {"en": rows_of(), "xx": rows})
     with pytest.raises(XLFAError) as error:
         load_aligned(ConsistencyArguments(dataset=DATASET, model=tiny_encoder, data_root=root), ["en", "xx"])
     assert message in str(error.value)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from modeling_xlfa import XLFAForSequenceClassification, XLFAModel
@@ -15,17 +16,16 @@ SENTENCES = ["a cat", "the dogs ran over there", "7", "it is late, is it?", "we 
 
 
 @pytest.fixture
-def data_root(tmp_path):
+def data_root(write_mirror):
     """Tatoeba's layout: deu-eng, where both sides are the same text, and fra-eng, where the order is reversed."""
-    folder = tmp_path / "root" / "mteb" / "tatoeba-bitext-mining"
-    configs = []
-    for name, foreign in (("deu-eng", SENTENCES), ("fra-eng", SENTENCES[::-1])):
-        (folder / name).mkdir(parents=True)
-        rows = [{"sentence1": one, "sentence2": two} for one, two in zip(foreign, SENTENCES)]
-        (folder / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        configs.append(f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}/test.jsonl\n")
-    (folder / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
-    return str(tmp_path / "root")
+    sides = {"deu-eng": SENTENCES, "fra-eng": SENTENCES[::-1]}
+    return write_mirror(
+        "mteb/tatoeba-bitext-mining",
+        {
+            name: {"test": Dataset.from_dict({"sentence1": foreign, "sentence2": SENTENCES})}
+            for name, foreign in sides.items()
+        },
+    )
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from xlfa.data import load_rows
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError
 from xlfa.files import write_text
-from xlfa.retrieval import FUSED, embed_sentences, load_states_model
+from xlfa.retrieval import FUSED, embed_sentences, load_states_model, scores_folder
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
+    folder = scores_folder(arguments.model, arguments.output_dir, "rankc")
     scores = score_consistency(arguments)
-    folder = Path(arguments.output_dir or Path(arguments.model) / "scores" / "rankc")
     write_text(folder / RANKC_FILE, json.dumps(scores, indent=1) + "\n")
     print(format_matrix(scores))
     print(f"written to {folder / RANKC_FILE}")
@@ -96,8 +95,6 @@ def score_consistency(arguments: ConsistencyArguments) -> dict[str, Any]:
     languages = arguments.languages or LANGUAGES
     if len(languages) < 2:
         raise XLFAError(f"--languages {' '.join(languages)}: consistency needs at least two")
-    if arguments.output_dir is None and not Path(arguments.model).is_dir():
-        raise XLFAError(f"--model {arguments.model} is no folder to write into: name one with --output_dir")
     logger.info(describe_threads())
     rows = load_aligned(arguments, languages)
     rank = CosineRanker(arguments) if arguments.scoring == "cosine" else MaskedLMRanker(arguments)

@@ -66,11 +66,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
+    folder = scores_folder(arguments.model, arguments.output_dir, "retrieval")
     scores = score_retrieval(arguments)
-    folder = Path(arguments.output_dir or Path(arguments.model) / "scores" / "retrieval")
     write_text(folder / RETRIEVAL_FILE, json.dumps(scores, indent=1) + "\n")
     print(format_table(scores))
     print(f"written to {folder / RETRIEVAL_FILE}")
+
+
+def scores_folder(model: str, output_dir: str | None, name: str) -> Path:
+    """`--output_dir`; else `scores/<name>` in the model's folder.
+
+    Raises:
+        XLFAError: if the model is no folder and none is given.
+    """
+    if output_dir is None and not Path(model).is_dir():
+        raise XLFAError(f"--model {model} is no folder to write into: name one with --output_dir")
+    return Path(output_dir or Path(model) / "scores" / name)
 
 
 def score_retrieval(arguments: RetrievalArguments) -> dict[str, Any]:
@@ -83,8 +94,6 @@ def score_retrieval(arguments: RetrievalArguments) -> dict[str, Any]:
     unknown = [code for code in languages if code not in CONFIGS]
     if unknown:
         raise XLFAError(f"--languages {unknown[0]}: {DATASET} has {' '.join(CONFIGS)}")
-    if arguments.output_dir is None and not Path(arguments.model).is_dir():
-        raise XLFAError(f"--model {arguments.model} is no folder to write into: name one with --output_dir")
     logger.info(describe_threads())
     model, tokenizer = load_states_model(arguments.model)
     by_language = {}

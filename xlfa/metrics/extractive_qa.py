@@ -1,6 +1,7 @@
 """F1 and exact match of extractive question answering, with the two normalisers of the field."""
 
 import collections
+import functools
 import re
 import string
 import sys
@@ -54,15 +55,29 @@ class ExtractiveQA(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, language="en"):
-        scores = _score(predictions, references, normalize_squad)
-        result = {"f1": scores[0], "exact_match": scores[1], "f1_mlqa": None, "exact_match_mlqa": None}
-        if language in MLQA_ARTICLES:
-
-            def normalize(text):
-                return normalize_mlqa(text, language)
-
-            result["f1_mlqa"], result["exact_match_mlqa"] = _score(predictions, references, normalize)
+        result = {"f1_mlqa": None, "exact_match_mlqa": None}
+        for name, values in question_scores(predictions, references, language).items():
+            result[name] = 100.0 * sum(values) / len(values)
         return result
+
+
+def question_scores(predictions, references, language):
+    """Score → its value for each question, 0 to 1: the best over the question's answers.
+
+    MLQA's scores are there only in the languages that MLQA has.
+    """
+    normalizers = {"": normalize_squad}
+    if language in MLQA_ARTICLES:
+        normalizers["_mlqa"] = functools.partial(normalize_mlqa, language=language)
+    scores = {}
+    for suffix, normalize in normalizers.items():
+        f1, exact = scores[f"f1{suffix}"], scores[f"exact_match{suffix}"] = [], []
+        for prediction, answers in zip(predictions, references):
+            prediction = normalize(prediction)
+            answers = [normalize(answer) for answer in answers]
+            f1.append(max(f1_score(prediction, answer) for answer in answers))
+            exact.append(float(prediction in answers))
+    return scores
 
 
 def normalize_squad(text):
@@ -89,14 +104,3 @@ def f1_score(prediction, answer):
         return 0.0
     precision, recall = common / len(predicted), common / len(right)
     return 2 * precision * recall / (precision + recall)
-
-
-def _score(predictions, references, normalize):
-    """Mean F1 and exact match, 0 to 100."""
-    f1 = exact = 0.0
-    for prediction, answers in zip(predictions, references):
-        prediction = normalize(prediction)
-        answers = [normalize(answer) for answer in answers]
-        f1 += max(f1_score(prediction, answer) for answer in answers)
-        exact += max(prediction == answer for answer in answers)
-    return 100.0 * f1 / len(predictions), 100.0 * exact / len(predictions)

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from modeling_xlfa import XLFAForQuestionAnswering
 from xlfa.errors import XLFAError
-from xlfa.metrics.extractive_qa import MLQA_ARTICLES, f1_score, normalize_mlqa, normalize_squad
+from xlfa.metrics.extractive_qa import question_scores
 from xlfa.tasks.task import Prediction, Task
 
 logger = logging.getLogger(__name__)
@@ -160,17 +160,10 @@ class QuestionAnsweringTask(Task):
         return {name: result[name] for name in self.metrics}
 
     def contributions(self, predictions: list[Prediction], language: str) -> dict[str, np.ndarray]:
-        normalizers = {"": normalize_squad}
-        if language in MLQA_ARTICLES:
-            normalizers["_mlqa"] = functools.partial(normalize_mlqa, language=language)
-        found: dict[str, list[tuple[float, float]]] = {}
-        for row in predictions:
-            for suffix, normalize in normalizers.items():
-                prediction, answers = normalize(row.prediction), [normalize(answer) for answer in row.label]
-                f1 = max(f1_score(prediction, answer) for answer in answers)
-                found.setdefault(f"f1{suffix}", []).append((f1, 1.0))
-                found.setdefault(f"exact_match{suffix}", []).append((prediction in answers, 1.0))
-        return {name: np.array(found[name]) for name in self.metrics if name in found}
+        found = question_scores([row.prediction for row in predictions], [row.label for row in predictions], language)
+        return {
+            name: np.stack([found[name], np.ones(len(predictions))], axis=1) for name in self.metrics if name in found
+        }
 
 
 def answer_tokens(offsets: list[tuple[int, int]], start_char: int, end_char: int) -> tuple[int, int] | None:
