@@ -218,7 +218,7 @@ class XLFAModel(XLFAPreTrainedModel):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states or self.fusion is not None,
+                output_hidden_states=output_hidden_states or self._fused_layers,
                 return_dict=True,
                 **{name: value for name, value in optional.items() if value is not None},
             )
@@ -286,19 +286,33 @@ class XLFAModel(XLFAPreTrainedModel):
         special = torch.cat([_pad_to(side.special_tokens_mask, length, 1) for side in (source, target)])
 
         layer = self.config.ot_layer
-        needs_states = layer != "fused" or self.fusion is not None
+        kept = self._fused_layers if layer == "fused" else [layer]
         # Dropout of the alignment sequences draws from a copy of the generator, so that the task batches of a run see
         # the same dropout with the term and without it.
         devices = [input_ids.device] if input_ids.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=self.training):
             encoded = self.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=needs_states, return_dict=True
+                input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=kept, return_dict=True
             )
         if layer == "fused":
             states = self._fuse(encoded, attention_mask, update_statistics=False)
         else:
             states = encoded.hidden_states[layer]
         return input_ids, states, attention_mask * (1 - special)
+
+    @property
+    def _fused_layers(self) -> list[int] | bool:
+        """`output_hidden_states` of an encoder call whose states are fused: no other layer's states are kept.
+
+        Encoders that know no selection (transformers 4 and the first of 5) take a list for true and keep all.
+        """
+        if self.fusion is None:
+            return False
+        if self.config.fusion == "scalar_mix":
+            return True
+        if self.config.fusion_layer == "learned":
+            return list(range(1, self.config.num_hidden_layers))
+        return [self.config.fusion_layer]
 
     def _fuse(self, encoded: ModelOutput, attention_mask: torch.Tensor, update_statistics: bool = True) -> torch.Tensor:
         if self.fusion is None:

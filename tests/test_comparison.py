@@ -22,7 +22,7 @@ LANGUAGES = ("en", "de", "th")
 
 def write_run(folder, predictions, clusters, task=XNLI):
     config = XLFAConfig(text_config=BertConfig(num_hidden_layers=4))
-    scores = build_scores(task, predictions, clusters, config, {})
+    scores = build_scores(task, predictions, clusters, dict.fromkeys(predictions, "test"), config, {})
     write_text(folder / SCORES_FILE, json.dumps(scores))
     for language, rows in predictions.items():
         write_predictions(predictions_file(folder, language), rows)

@@ -91,13 +91,13 @@ def test_cosine_ranks_by_the_prompt_with_its_blank(tiny_encoder, data_root):
     assert ranker.layer == "4"
     found = ranker(load_aligned(arguments, ["en", "es"])["es"], "es")
     sentences = ["is <mask> the capital?", *(f"is {candidate} the capital?" for candidate in CANDIDATES[0])]
-    vectors = embed_sentences(ranker.model, ranker.tokenizer, sentences)["4"]
+    vectors = embed_sentences(ranker.model, ranker.tokenizer, sentences, ranker.options)["4"]
     assert found[0].tolist() == ranks_of((vectors[1:] @ vectors[0]).numpy()).tolist()
 
 
 def test_masked_lm_scores_are_mean_log_probabilities_in_the_blanks(masked_lm, data_root):
     arguments = ConsistencyArguments(
-        dataset=DATASET, model=masked_lm, scoring="masked_lm", data_root=data_root, batch_size=2
+        dataset=DATASET, model=masked_lm, scoring="masked_lm", data_root=data_root, max_tokens_per_batch=60
     )
     ranker = MaskedLMRanker(arguments)
     found = ranker(load_aligned(arguments, ["en", "nl"])["en"], "en")

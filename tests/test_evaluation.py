@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from modeling_xlfa import XLFAForQuestionAnswering, XLFAForSequenceClassification
 from xlfa.errors import XLFAError
 from xlfa.evaluation import main
+from xlfa.inference import InferenceOptions
 from xlfa.prediction import predict
 from xlfa.resuming import model_origin
 from xlfa.scores import SCORES_SCHEMA
@@ -70,15 +71,15 @@ def test_accuracy_is_that_of_the_predictions(models, tmp_path):
     assert scores["enf"]["accuracy"] is None and scores["transfer_gap"]["accuracy"] is None
 
 
-def test_order_and_batch_size_change_no_prediction(models):
+def test_order_and_token_budget_change_no_prediction(models):
     task = get_task("xquad")
     model = XLFAForQuestionAnswering.from_pretrained(models["xquad"])
     tokenizer = AutoTokenizer.from_pretrained(models["xquad"])
     rows = task.load_test("de", "sample").select(range(12))
-    ids = task.example_ids(rows)
+    ids, windows = task.example_ids(rows), task.windows(rows, tokenizer, 160, 32)
     results = [
-        predict(model, tokenizer, task, rows, ids, max_length=160, doc_stride=32, batch_size=batch_size)
-        for batch_size in (1, 7)
+        predict(model, tokenizer, task, rows, ids, windows, InferenceOptions(max_tokens, bf16=False))
+        for max_tokens in (1, 1000)
     ]
     assert [row.id for row in results[0]] == ids
     assert [row.prediction for row in results[0]] == [row.prediction for row in results[1]]
@@ -129,10 +130,10 @@ def test_an_interrupted_run_goes_on_with_the_languages_that_are_left(models, tmp
 
 def test_a_finished_run_and_one_with_other_settings_begin_anew(models, tmp_path, predicted):
     score_until_english(models, tmp_path, predicted)
-    score(models, "xnli", tmp_path, "--languages", "ar", "en", "--batch_size", "8")
+    score(models, "xnli", tmp_path, "--languages", "ar", "en", "--max_tokens_per_batch", "800")
     assert predicted == ["ar", "en"]
     assert sorted(path.stem for path in (tmp_path / "predictions").iterdir()) == ["ar", "en"]
-    score(models, "xnli", tmp_path, "--languages", "ar", "en", "--batch_size", "8")
+    score(models, "xnli", tmp_path, "--languages", "ar", "en", "--max_tokens_per_batch", "800")
     assert predicted == ["ar", "en"] * 2
 
 

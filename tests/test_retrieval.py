@@ -9,10 +9,13 @@ from transformers import AutoTokenizer
 
 from modeling_xlfa import XLFAForSequenceClassification, XLFAModel
 from xlfa.errors import XLFAError
+from xlfa.inference import InferenceOptions
 from xlfa.retrieval import embed_sentences, load_states_model, main, precision_by_layer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 SENTENCES = ["a cat", "the dogs ran over there", "7", "it is late, is it?", "we read books in the sun"]
+
+OPTIONS = InferenceOptions(max_tokens_per_batch=40, bf16=False)
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def test_precision_counts_both_directions():
 
 def test_vectors_are_means_over_tokens_in_the_order_of_the_sentences(trained):
     model, tokenizer = load_states_model(trained)
-    vectors = embed_sentences(model, tokenizer, SENTENCES, batch_size=2)
+    vectors = embed_sentences(model, tokenizer, SENTENCES, OPTIONS)
     assert list(vectors) == ["0", "1", "2", "3", "4", "fused"]
     for position, sentence in enumerate(SENTENCES):
         with torch.no_grad():
@@ -60,7 +63,7 @@ def test_vectors_are_means_over_tokens_in_the_order_of_the_sentences(trained):
         for name, states in [("2", output.hidden_states[2]), ("fused", output.last_hidden_state)]:
             mean = torch.nn.functional.normalize(states[0].mean(0), dim=0)
             torch.testing.assert_close(vectors[name][position], mean, rtol=1e-4, atol=1e-5)
-    assert list(embed_sentences(model, tokenizer, SENTENCES, only="3")) == ["3"]
+    assert list(embed_sentences(model, tokenizer, SENTENCES, OPTIONS, only="3")) == ["3"]
 
 
 def test_a_plain_encoder_has_its_layers_and_no_fusion(tiny_encoder):
@@ -83,7 +86,7 @@ def test_scores_are_written_for_every_layer_and_language(trained, data_root, cap
 
 def test_long_sentences_are_reported(trained, caplog):
     model, tokenizer = load_states_model(trained)
-    embed_sentences(model, tokenizer, SENTENCES, max_length=6, description="de")
+    embed_sentences(model, tokenizer, SENTENCES, OPTIONS, max_length=6, description="de")
     assert "de: 4 sentences reach --max_length 6" in caplog.text
 
 

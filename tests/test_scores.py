@@ -29,7 +29,7 @@ SETTINGS = {
     "seed": 0,
     "max_length": 128,
     "doc_stride": 128,
-    "batch_size": 32,
+    "max_tokens_per_batch": 4096,
     "bf16": False,
     "processes": 1,
 }
@@ -53,7 +53,14 @@ def scores():
     right = dict.fromkeys(XQUAD.test_configs, 12) | {"en": 16, "de": 14, "ar": 0}
     predictions = {code: answers(number) for code, number in right.items()}
     config = XLFAConfig(text_config=BertConfig(num_hidden_layers=4), ot_weight=0.1)
-    return build_scores(XQUAD, predictions, [position // 2 for position in range(20)], config, SETTINGS)
+    return build_scores(
+        XQUAD,
+        predictions,
+        [position // 2 for position in range(20)],
+        dict.fromkeys(predictions, "test"),
+        config,
+        SETTINGS,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +141,7 @@ def test_scores_and_means_have_intervals_around_them(scores):
 
 def test_a_single_cluster_has_scores_and_no_intervals(scores, tmp_path):
     config = XLFAConfig(text_config=BertConfig(num_hidden_layers=4))
-    single = build_scores(XQUAD, {"en": answers(15)}, [0] * 20, config, SETTINGS)
+    single = build_scores(XQUAD, {"en": answers(15)}, [0] * 20, {"en": "test"}, config, SETTINGS)
     assert single["languages"]["en"]["f1"] == 75.0
     assert single["intervals"]["languages"] == {"en": dict.fromkeys(XQUAD.metrics)}
     write_scores(tmp_path, single)
@@ -146,7 +153,7 @@ def test_languages_that_are_not_parallel_have_their_own_ids_and_clusters(schema)
     predictions = {"en": answers(15), "de": answers(10)[:8]}
     clusters = {"en": list(range(20)), "de": list(range(8))}
     config = XLFAConfig(text_config=BertConfig(num_hidden_layers=4))
-    scores = build_scores(task, predictions, clusters, config, SETTINGS)
+    scores = build_scores(task, predictions, clusters, dict.fromkeys(predictions, "test"), config, SETTINGS)
     jsonschema.validate(scores, schema)
     assert scores["examples"] == {"en": 20, "de": 8} and scores["clusters"] == clusters
     assert scores["ids"]["de"] == [str(number) for number in range(8)]

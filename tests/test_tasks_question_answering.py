@@ -1,5 +1,6 @@
 """Windows cover the whole context, spans are found exactly, and answers come back as they stand in the text."""
 
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -56,40 +57,53 @@ def logits_at(windows, spans, peak=20.0):
     return SimpleNamespace(start_logits=start, end_logits=end)
 
 
+def offsets_of(window):
+    """(first, past the last) character of each context token."""
+    return list(zip(window["first_characters"], window["past_characters"]))
+
+
+def read(outputs, windows):
+    """What is kept of these outputs as one batch."""
+    width = outputs.start_logits.shape[1]
+    mask = torch.stack([(torch.arange(width) < length).long() for length in windows["length"]])
+    columns = {name: windows[name][:] for name in TASK.read_columns}
+    return TASK.read_outputs(outputs, {"attention_mask": mask}, columns).numpy()
+
+
 def test_windows_cover_the_context_and_neighbours_share_the_stride(tokenizer):
-    windows = TASK.scoring_windows(question_rows(CONTEXT, [("word0", 0)]), tokenizer, MAX_LENGTH, STRIDE)
+    windows = TASK.windows(question_rows(CONTEXT, [("word0", 0)]), tokenizer, MAX_LENGTH, STRIDE)
     assert len(windows) > 2
-    covered = {place for window in windows for offsets in window["context_offsets"] for place in range(*offsets)}
+    covered = {place for window in windows for offsets in offsets_of(window) for place in range(*offsets)}
     assert covered == {place for place, character in enumerate(CONTEXT) if character != " "}
-    for one, following in zip(windows, windows[1:]):
-        assert one["context_offsets"][-STRIDE:] == following["context_offsets"][:STRIDE]
+    for one, following in itertools.pairwise(windows):
+        assert offsets_of(one)[-STRIDE:] == offsets_of(following)[:STRIDE]
 
 
 def test_context_offsets_belong_to_the_tokens_at_context_start(tokenizer):
-    for window in TASK.scoring_windows(question_rows(CONTEXT, [("word0", 0)]), tokenizer, MAX_LENGTH, STRIDE):
+    for window in TASK.windows(question_rows(CONTEXT, [("word0", 0)]), tokenizer, MAX_LENGTH, STRIDE):
         assert len(window["input_ids"]) <= MAX_LENGTH
         first = window["context_start"]
-        ids = window["input_ids"][first : first + len(window["context_offsets"])]
-        assert tokenizer.convert_ids_to_tokens(ids) == [CONTEXT[slice(*place)] for place in window["context_offsets"]]
+        ids = window["input_ids"][first : first + window["context_length"]]
+        assert tokenizer.convert_ids_to_tokens(ids) == [CONTEXT[slice(*place)] for place in offsets_of(window)]
 
 
 def test_every_example_has_its_own_windows(tokenizer):
     rows = [*question_rows(CONTEXT, [("word0", 0)]), *question_rows("short text", [("text", 6)])]
-    windows = TASK.scoring_windows(Dataset.from_list(rows), tokenizer, MAX_LENGTH, STRIDE)
+    windows = TASK.windows(Dataset.from_list(rows), tokenizer, MAX_LENGTH, STRIDE)
     examples = [window["example"] for window in windows]
     assert examples == [0] * (len(windows) - 1) + [1]
 
 
 def test_a_long_question_is_cut_and_leaves_room_for_the_context(tokenizer):
     rows = question_rows(CONTEXT, [("word0", 0)], question="  " + "why " * 100)
-    for window in TASK.scoring_windows(rows, tokenizer, MAX_LENGTH, 90):
+    for window in TASK.windows(rows, tokenizer, MAX_LENGTH, 90):
         assert window["context_start"] == MAX_QUESTION_TOKENS + 2
         assert len(window["input_ids"]) <= MAX_LENGTH
 
 
 def test_a_limit_without_room_for_a_context_is_refused(tokenizer):
     with pytest.raises(XLFAError, match="--max_length 67 leaves no room"):
-        TASK.scoring_windows(question_rows(CONTEXT, [("word0", 0)]), tokenizer, 67, STRIDE)
+        TASK.windows(question_rows(CONTEXT, [("word0", 0)]), tokenizer, 67, STRIDE)
 
 
 @pytest.mark.parametrize(
@@ -97,17 +111,17 @@ def test_a_limit_without_room_for_a_context_is_refused(tokenizer):
     [((0, 3), (0, 0)), ((4, 9), (1, 2)), ((0, 14), (0, 3)), ((5, 8), (1, 2)), ((11, 12), (3, 3)), ((3, 7), (1, 1))],
 )
 def test_an_answer_inside_the_window_is_the_tokens_it_touches(characters, tokens):
-    assert answer_tokens(OFFSETS, *characters) == tokens
+    assert answer_tokens(*zip(*OFFSETS), *characters) == tokens
 
 
 @pytest.mark.parametrize("characters", [(20, 22), (13, 15), (14, 15)])
 def test_an_answer_that_ends_behind_the_window_is_not_in_it(characters):
-    assert answer_tokens(OFFSETS, *characters) is None
+    assert answer_tokens(*zip(*OFFSETS), *characters) is None
 
 
 @pytest.mark.parametrize("characters", [(0, 2), (3, 5), (2, 9)])
 def test_an_answer_that_begins_before_the_window_is_not_in_it(characters):
-    assert answer_tokens(OFFSETS[1:], *characters) is None
+    assert answer_tokens(*zip(*OFFSETS[1:]), *characters) is None
 
 
 def test_training_positions_are_the_answer_or_the_first_token(tokenizer):
@@ -120,7 +134,7 @@ def test_training_positions_are_the_answer_or_the_first_token(tokenizer):
         assert text in ("word30", "[CLS]")
         found += text == "word30"
     assert 1 <= found < len(features)
-    model_inputs = {"input_ids", "attention_mask", "token_type_ids", "start_positions", "end_positions"}
+    model_inputs = {"input_ids", "attention_mask", "token_type_ids", "length", "start_positions", "end_positions"}
     assert set(features.column_names) <= model_inputs
 
 
@@ -152,52 +166,52 @@ def test_the_best_span_is_that_of_a_search_over_all_spans(max_length, seed):
 
 
 def test_no_span_is_found_in_the_question_or_behind_the_context(tokenizer):
-    windows = TASK.scoring_windows(question_rows("short text", [("text", 6)]), tokenizer, MAX_LENGTH, STRIDE)
+    windows = TASK.windows(question_rows("short text", [("text", 6)]), tokenizer, MAX_LENGTH, STRIDE)
     outputs = logits_at(windows, [None])
     for logits in (outputs.start_logits, outputs.end_logits):
         logits[0, : windows[0]["context_start"]] = logits[0, -1] = 30.0
-    ((_, start, end),) = TASK.read_outputs(outputs, windows)
-    assert 0 <= start < end <= len("short text")
+    ((_, start, end),) = read(outputs, windows)
+    assert 0 <= start <= end < windows[0]["context_length"]
 
 
 def test_the_window_that_is_surest_gives_the_answer(tokenizer):
     start = CONTEXT.index("word50")
     rows = question_rows(CONTEXT, [("word50", start)])
-    windows = TASK.scoring_windows(rows, tokenizer, MAX_LENGTH, STRIDE)
-    spans = [answer_tokens(window["context_offsets"], start, start + 6) for window in windows]
+    windows = TASK.windows(rows, tokenizer, MAX_LENGTH, STRIDE)
+    spans = [answer_tokens(*zip(*offsets_of(window)), start, start + 6) for window in windows]
     assert None in spans
-    (prediction,) = TASK.predictions(rows, ["q"], windows, TASK.read_outputs(logits_at(windows, spans), windows))
+    (prediction,) = TASK.predictions(rows, ["q"], windows, read(logits_at(windows, spans), windows))
     assert prediction == Prediction("q", "word50", ["word50"], pytest.approx(1.0, abs=1e-3))
 
 
 def test_the_score_is_the_probability_of_start_and_end(tokenizer):
     rows = question_rows("ab", [("a", 0)], question="c")
-    windows = TASK.scoring_windows(rows, tokenizer, MAX_LENGTH, STRIDE)
+    windows = TASK.windows(rows, tokenizer, MAX_LENGTH, STRIDE)
     outputs = logits_at(windows, [(0, 1)], peak=1.0)
     share = math.e / (math.e + len(windows[0]["input_ids"]) - 1)
-    (prediction,) = TASK.predictions(rows, ["q"], windows, TASK.read_outputs(outputs, windows))
+    (prediction,) = TASK.predictions(rows, ["q"], windows, read(outputs, windows))
     assert (prediction.prediction, prediction.score) == ("ab", pytest.approx(share**2))
 
 
 def test_padding_changes_neither_span_nor_score(tokenizer):
-    windows = TASK.scoring_windows(question_rows("short text", [("text", 6)]), tokenizer, MAX_LENGTH, STRIDE)
+    windows = TASK.windows(question_rows("short text", [("text", 6)]), tokenizer, MAX_LENGTH, STRIDE)
     outputs = logits_at(windows, [(5, 8)], peak=3.0)
     longer = {name: torch.cat([logits, torch.ones(1, 40)], 1) for name, logits in vars(outputs).items()}
     padded = SimpleNamespace(**longer)
-    assert TASK.read_outputs(padded, windows)[0] == pytest.approx(TASK.read_outputs(outputs, windows)[0])
+    assert read(padded, windows)[0] == pytest.approx(read(outputs, windows)[0])
 
 
 @pytest.mark.offline
 @pytest.mark.parametrize("language", ["th", "ar", "zh", "hi"])
 def test_the_exact_answer_comes_back_where_the_logits_point_at_it(packaged_tokenizer, language):
     rows = TASK.load_test(language, "sample")
-    windows = TASK.scoring_windows(rows, packaged_tokenizer, MAX_LENGTH, 32)
+    windows = TASK.windows(rows, packaged_tokenizer, MAX_LENGTH, 32)
     spans = []
     for window in windows:
         answer = rows[window["example"]]["answers"]
         start, text = answer["answer_start"][0], answer["text"][0]
-        spans.append(answer_tokens(window["context_offsets"], start, start + len(text)))
-    readings = TASK.read_outputs(logits_at(windows, spans), windows)
+        spans.append(answer_tokens(*zip(*offsets_of(window)), start, start + len(text)))
+    readings = read(logits_at(windows, spans), windows)
     predictions = TASK.predictions(rows, TASK.example_ids(rows), windows, readings)
     # A piece may reach over the answer's edge in scripts without spaces: 1 of 30 in Thai, 2 of 30 in Chinese.
     assert all(row.label[0] in row.prediction for row in predictions)

@@ -56,7 +56,7 @@ def test_training_features_hold_both_sentences_and_the_label(tokenizer):
     features = TASK.training_features(ROWS, tokenizer, max_length=64, doc_stride=0)
     assert features["labels"][:] == [0, 1, 2]
     assert plain(tokenizer, features[0]["input_ids"]) == "[CLS]acatsat[SEP]acat[SEP]"
-    assert set(features.column_names) <= {"input_ids", "attention_mask", "token_type_ids", "labels"}
+    assert set(features.column_names) <= {"input_ids", "attention_mask", "token_type_ids", "length", "labels"}
 
 
 def test_pairs_are_cut_to_the_limit_at_the_longer_sentence(tokenizer):
@@ -65,8 +65,8 @@ def test_pairs_are_cut_to_the_limit_at_the_longer_sentence(tokenizer):
     assert plain(tokenizer, features[2]["input_ids"]) == "[CLS]adogra[SEP]nodog[SEP]"
 
 
-def test_scoring_windows_are_one_an_example_and_the_same_inputs_as_in_training(tokenizer):
-    windows = TASK.scoring_windows(ROWS, tokenizer, max_length=14, doc_stride=0)
+def test_windows_are_one_an_example_and_the_same_inputs_as_in_training(tokenizer):
+    windows = TASK.windows(ROWS, tokenizer, max_length=14, doc_stride=0)
     features = TASK.training_features(ROWS, tokenizer, max_length=14, doc_stride=0)
     assert [window["example"] for window in windows] == [0, 1, 2]
     assert [window["input_ids"] for window in windows] == features["input_ids"][:]
@@ -74,8 +74,8 @@ def test_scoring_windows_are_one_an_example_and_the_same_inputs_as_in_training(t
 
 def test_the_label_with_the_highest_logit_is_predicted_with_its_probability():
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, math.log(2)]], dtype=torch.bfloat16)
-    readings = TASK.read_outputs(SimpleNamespace(logits=logits), [{}, {}])
-    predictions = TASK.predictions(ROWS.select([0, 1]), ["7", "8"], [{}, {}], readings)
+    readings = TASK.read_outputs(SimpleNamespace(logits=logits), {}, {})
+    predictions = TASK.predictions(ROWS.select([0, 1]), ["7", "8"], ROWS, readings.numpy())
     total = math.e**2 + math.e + 1
     assert [(row.id, row.prediction, row.label) for row in predictions] == [
         ("7", "entailment", "entailment"),

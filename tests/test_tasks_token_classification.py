@@ -4,6 +4,7 @@ import json
 import logging
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
@@ -50,8 +51,8 @@ def logits_of(windows, tags, peak=20.0):
 
 
 def predict(tokenizer, rows, max_length, tags=None):
-    windows = TASK.scoring_windows(rows, tokenizer, max_length, 0)
-    readings = TASK.read_outputs(logits_of(windows, rows["ner_tags"] if tags is None else tags), windows)
+    windows = TASK.windows(rows, tokenizer, max_length, 0)
+    readings = TASK.read_outputs(logits_of(windows, rows["ner_tags"] if tags is None else tags), {}, {}).numpy()
     return TASK.predictions(rows, TASK.example_ids(rows), windows, readings)
 
 
@@ -61,11 +62,11 @@ def test_labels_stand_at_the_first_piece_of_each_word(tokenizer):
     scored = {place: label for place, label in enumerate(features[0]["labels"]) if label != NOT_SCORED}
     assert scored == {1: 1, 5: 2, 8: 0, 11: 5}
     assert [label for label in features[1]["labels"] if label != NOT_SCORED] == [0, 3]
-    assert set(features.column_names) <= {"input_ids", "attention_mask", "token_type_ids", "labels"}
+    assert set(features.column_names) <= {"input_ids", "attention_mask", "token_type_ids", "length", "labels"}
 
 
 def test_scoring_reads_the_same_inputs_as_training(tokenizer):
-    windows = TASK.scoring_windows(ROWS, tokenizer, 64, 0)
+    windows = TASK.windows(ROWS, tokenizer, 64, 0)
     assert [window["input_ids"] for window in windows] == TASK.training_features(ROWS, tokenizer, 64, 0)["input_ids"][:]
     assert [window["first_pieces"] for window in windows] == [[1, 5, 8, 11], [1, None, 3]]
 
@@ -88,7 +89,7 @@ def test_words_behind_the_limit_are_missed_and_reported(tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         # Room for eight characters: "anna", "lee", and the first of "saw".
         first, second = predict(tokenizer, ROWS, 10)
-    assert "wikiann: 2 of 7 words are missed: behind the limit of 10 tokens" in caplog.text
+    assert "wikiann, limit of 10 tokens: 2 words are missed: behind the limit" in caplog.text
     assert first.prediction == ["B-PER", "I-PER", "O", None]
     scores = TASK.score([first, second], "de")
     assert scores == {
@@ -119,12 +120,12 @@ def test_a_sentence_without_a_piece_is_missed_and_not_trained_on(tokenizer):
 
 def test_a_limit_without_room_for_a_word_is_refused(tokenizer):
     with pytest.raises(XLFAError, match="--max_length 2 leaves no room for a word"):
-        TASK.scoring_windows(ROWS, tokenizer, 2, 0)
+        TASK.windows(ROWS, tokenizer, 2, 0)
 
 
-def test_a_missing_reading_is_not_passed_over():
+def test_a_missing_reading_is_not_passed_over(tokenizer):
     with pytest.raises(ValueError):
-        TASK.predictions(ROWS, ["0", "1"], [], [[(0, 0.9)] * 4])
+        TASK.predictions(ROWS, ["0", "1"], TASK.windows(ROWS, tokenizer, 64, 0), [np.zeros((20, 2))])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_training_and_scoring_from_a_mirror_without_a_test_split(write_mirror, t
     scores = evaluate_model(EvaluationArguments(model=folder, task="wikiann", data_root=root))
     # Of the task's languages, those that the mirror has.
     assert list(scores["languages"]) == ["de", "en"]
-    assert scores["settings"]["splits"] == {"de": "validation", "en": "validation" if stripped else "test"}
+    assert scores["splits"] == {"de": "validation", "en": "validation" if stripped else "test"}
     assert scores["ids"] == {"de": ["0", "1"], "en": ["0", "1"] if stripped else ["0"]}
     rows = [
         json.loads(line) for line in (tmp_path / "run/scores/wikiann/predictions/de.jsonl").read_text().splitlines()

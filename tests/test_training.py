@@ -62,8 +62,7 @@ def gradient_of_one_step(encoder, folder, batch_size, accumulation, norm):
         task=get_task("xnli"),
         pair_sampler=PairSampler.from_texts(pairs, tokenizer, max_length=64, seed=0),
         validation_rows=features,
-        max_length=64,
-        doc_stride=16,
+        validation_windows=features,
     )
     trainer.train()
     return gradients.found

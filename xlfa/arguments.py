@@ -79,7 +79,7 @@ class ModelArguments:
 class DataArguments:
     """What is trained on."""
 
-    task: str = field(metadata={"help": "Task to train.", "choices": list(TASKS)})
+    task: str = field(metadata={"help": "Task to train.", "choices": TASKS})
     data_root: str | None = option(
         "Folder with data sets as <org>/<name> instead of the Hub, or 'sample' for the embedded texts."
     )
@@ -98,6 +98,20 @@ class DataArguments:
     )
 
 
+@dataclass(kw_only=True)
+class InferenceArguments:
+    """How a model is run over the inputs."""
+
+    max_tokens_per_batch: int | None = option(
+        "Tokens a batch, padding included (4096 on a CPU, 32768 on an accelerator); lower it where memory runs out."
+    )
+    bf16: bool | None = option("Matrix products in bfloat16; by default where the machine has them in hardware.")
+
+    def __post_init__(self):
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(f"--max_tokens_per_batch {self.max_tokens_per_batch}: at least 1")
+
+
 @dataclass
 class XLFATrainingArguments(TrainingArguments):
     """transformers' own arguments with other defaults: validation and a checkpoint after every epoch."""
@@ -105,7 +119,7 @@ class XLFATrainingArguments(TrainingArguments):
     eval_strategy: str = option("When to score the English validation split: no, steps, epoch.", "epoch")
     save_strategy: str = option("When to save a checkpoint: no, steps, epoch, best.", "epoch")
     save_total_limit: int | None = option("Checkpoints that are kept.", 2)
-    per_device_eval_batch_size: int = option("Batch size of the validation.", 32)
+    per_device_eval_batch_size: int = option("Not used: the validation is batched by tokens, as all scoring is.", 8)
     logging_steps: float = option("Steps between two lines of the log.", 50)
     report_to: None | str | list[str] = option("Trackers, such as tensorboard or wandb.", "none")
 

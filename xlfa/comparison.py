@@ -158,7 +158,7 @@ def check_same_examples(a: ScoredRun, b: ScoredRun) -> None:
             f"{of_b} in the second"
         )
 
-    for field in ("dataset", "split"):
+    for field in ("dataset", "splits"):
         if a.scores[field] != b.scores[field]:
             raise differ(field, repr(a.scores[field]), repr(b.scores[field]))
     if set(a.predictions) != set(b.predictions):

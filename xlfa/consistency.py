@@ -9,7 +9,6 @@ Candidates are matched by their index across languages. Whether the answers are 
 
 import json
 import logging
-import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -17,17 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from scipy.special import softmax
 from tqdm.auto import tqdm
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding
+from transformers.utils import ModelOutput
 
-from xlfa.arguments import option, parse_arguments
+from xlfa.arguments import InferenceArguments, option, parse_arguments
 from xlfa.backbones import resolve_encoder
 from xlfa.data import load_rows
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError
 from xlfa.files import write_text
+from xlfa.inference import InferenceOptions, infer
 from xlfa.retrieval import FUSED, embed_sentences, load_states_model, scores_folder
 
 logger = logging.getLogger(__name__)
@@ -39,8 +41,8 @@ RANKC_FILE = "rankc.json"
 DESCRIPTION = "RankC: consistency of the ranking of candidate answers between languages (BMLAMA-17's layout)."
 
 
-@dataclass
-class ConsistencyArguments:
+@dataclass(kw_only=True)
+class ConsistencyArguments(InferenceArguments):
     """What is ranked, by what, and where the matrix goes."""
 
     model: str = field(
@@ -68,8 +70,6 @@ class ConsistencyArguments:
     output_dir: str | None = option(f"Where to write {RANKC_FILE}; by default <model>/scores/rankc.")
     max_examples: int | None = option("A seeded sample of that many queries, the same in every language.")
     seed: int = option("Of that sample.", 0)
-    batch_size: int = option("Sentences a batch.", 64)
-    bf16: bool = option("Matrix products in bfloat16.", False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -111,7 +111,7 @@ def score_consistency(arguments: ConsistencyArguments) -> dict[str, Any]:
         "matrix": matrix,
         "average": float(np.mean(pairs)),
         "average_with_english": float(np.mean(with_english)) if with_english else None,
-        "settings": {name: getattr(arguments, name) for name in ("max_examples", "seed", "bf16")},
+        "settings": {"max_examples": arguments.max_examples, "seed": arguments.seed, **vars(rank.options)},
         "versions": versions(),
     }
 
@@ -153,7 +153,7 @@ class CosineRanker:
 
     def __init__(self, arguments: ConsistencyArguments):
         self.model, self.tokenizer = load_states_model(arguments.model)
-        self.options = {"batch_size": arguments.batch_size, "bf16": arguments.bf16}
+        self.options = InferenceOptions.of(arguments, self.model.device)
         depth = self.model.config.num_hidden_layers
         self.layer = str(depth) if arguments.layer == FUSED and self.model.fusion is None else arguments.layer
         if self.layer != FUSED and self.layer not in map(str, range(depth + 1)):
@@ -167,7 +167,7 @@ class CosineRanker:
             sentences.append(prompt.replace(BLANK, self.tokenizer.mask_token or BLANK))
             sentences += [prompt.replace(BLANK, candidate) for candidate in candidates]
         vectors = embed_sentences(
-            self.model, self.tokenizer, sentences, only=self.layer, description=language, **self.options
+            self.model, self.tokenizer, sentences, self.options, only=self.layer, description=language
         )[self.layer].numpy()
         ends = [*starts[1:], len(sentences)]
         return [ranks_of(vectors[start + 1 : end] @ vectors[start]) for start, end in zip(starts, ends)]
@@ -192,8 +192,8 @@ class MaskedLMRanker:
         self.tokenizer = AutoTokenizer.from_pretrained(source)
         if self.tokenizer.mask_token is None:
             raise XLFAError(f"--model {arguments.model}: the tokenizer has no mask token: use --scoring cosine")
-        self.model.eval()
-        self.batch_size, self.bf16 = arguments.batch_size, arguments.bf16
+        self.model.to(PartialState().device)
+        self.options = InferenceOptions.of(arguments, self.model.device)
 
     def __call__(self, rows: Dataset, language: str) -> list[np.ndarray]:
         """For each query the ranks of its candidates, 0 the best."""
@@ -205,24 +205,40 @@ class MaskedLMRanker:
                 if not pieces:
                     raise XLFAError(f"{language}: candidate {index} of query {query} is empty: {candidates[index]!r}")
                 wanted[query, len(pieces)].append((index, pieces))
-        keys = sorted(wanted, key=lambda key: len(rows["prompt"][key[0]]), reverse=True)
-        for start in tqdm(range(0, len(keys), self.batch_size), desc=language, leave=False):
-            batch = keys[start : start + self.batch_size]
-            for key, log_probabilities in zip(batch, self._blanks([self._filled(rows, *key) for key in batch])):
-                for index, pieces in wanted[key]:
-                    scores[key[0]][index] = log_probabilities[range(len(pieces)), pieces].mean().item()
+        prompts = rows["prompt"][:]
+        filled = [
+            prompts[query].replace(BLANK, " ".join([self.tokenizer.mask_token] * count)) for query, count in wanted
+        ]
+        inputs = Dataset.from_dict(
+            {
+                **self.tokenizer(filled, return_length=True),
+                "pieces": [[pieces for _, pieces in candidates] for candidates in wanted.values()],
+            }
+        )
+        found = infer(
+            self.model,
+            self.tokenizer,
+            inputs,
+            self._mean_log_probabilities,
+            self.options,
+            columns=["pieces"],
+            description=language,
+        )
+        for (query, _), candidates, means in zip(wanted, wanted.values(), found):
+            scores[query][[index for index, _ in candidates]] = means
         return [ranks_of(each) for each in scores]
 
-    def _filled(self, rows: Dataset, query: int, count: int) -> str:
-        return re.sub(BLANK, " ".join([self.tokenizer.mask_token] * count), rows[query]["prompt"])
-
-    def _blanks(self, texts: list[str]) -> list[torch.Tensor]:
-        """Log probabilities at the blanks of each text, blanks x vocabulary."""
-        inputs = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
-        with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model(**inputs).logits
+    def _mean_log_probabilities(
+        self, outputs: ModelOutput, inputs: BatchEncoding, columns: dict[str, list[list[list[int]]]]
+    ) -> list[torch.Tensor]:
+        """Of each input's candidates, candidates x blanks, the mean log probability in the blanks."""
         blanks = inputs["input_ids"] == self.tokenizer.mask_token_id
-        return [each[where].float().log_softmax(-1) for each, where in zip(logits, blanks)]
+        means = []
+        for logits, where, candidates in zip(outputs.logits, blanks, columns["pieces"]):
+            log_probabilities = logits[where].float().log_softmax(-1)
+            pieces = torch.tensor(candidates, device=logits.device)
+            means.append(log_probabilities.gather(1, pieces.T).mean(0))
+        return means
 
 
 def ranks_of(scores: np.ndarray) -> np.ndarray:

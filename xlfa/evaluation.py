@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
-from xlfa.arguments import option, parse_arguments
+from xlfa.arguments import InferenceArguments, option, parse_arguments
 from xlfa.comparison import compare_runs, format_comparison, write_comparison
 from xlfa.data import SAMPLE, sample_clusters
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError, exit_with_message
+from xlfa.inference import InferenceOptions, prefetched
 from xlfa.prediction import predict
 from xlfa.resuming import begin, finish, model_origin
 from xlfa.scores import build_scores, format_table, predictions_file, write_predictions, write_scores
@@ -34,11 +35,11 @@ DESCRIPTION = (
 )
 
 
-@dataclass
-class EvaluationArguments:
+@dataclass(kw_only=True)
+class EvaluationArguments(InferenceArguments):
     """What is scored, and how."""
 
-    task: str = field(metadata={"help": "Task to score.", "choices": list(TASKS)})
+    task: str = field(metadata={"help": "Task to score.", "choices": TASKS})
     model: str | None = option("Trained XLFA model: a folder or a Hub id.")
     compare: list[str] | None = option(
         "Instead of --model: two runs, A and B, scored on the same examples. Prints B - A by language, with intervals "
@@ -54,12 +55,11 @@ class EvaluationArguments:
         "every language of a parallel set."
     )
     seed: int = option("Of that sample.", 0)
-    batch_size: int = option("Inputs a batch.", 32)
     max_length: int | None = option("Longest input in tokens; by default as in training.")
     doc_stride: int | None = option("Tokens that neighbouring windows share (QA); by default as in training.")
-    bf16: bool = option("Matrix products in bfloat16.", False)
 
     def __post_init__(self):
+        super().__post_init__()
         if (self.model is None) == (self.compare is None):
             raise ValueError("give either --model, to score it, or --compare with two runs that were scored")
         if self.compare is not None and len(self.compare) != 2:
@@ -109,53 +109,51 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
     max_length = first_given(arguments.max_length, model.config.input_length, task.defaults.max_length)
     doc_stride = first_given(arguments.doc_stride, model.config.input_stride, task.defaults.doc_stride)
 
+    options = InferenceOptions.of(arguments, model.device)
     shared_ids: list[str] | None = None
     clusters: Clusters = {}
     if task.parallel:
         english = task.load_test("en", arguments.data_root)
         shared_ids = chosen_ids(task, english, arguments)
         clusters = cluster_numbers(task.groups(select_ids(task, english, shared_ids, "en")))
-    splits: dict[str, str] = {}
     settings = {
         "data": {None: "hub", SAMPLE: SAMPLE}.get(arguments.data_root, "local mirror"),
         "max_examples": arguments.max_examples,
         "seed": arguments.seed,
         "max_length": max_length,
         "doc_stride": doc_stride,
-        "batch_size": arguments.batch_size,
-        "bf16": arguments.bf16,
+        **vars(options),
         "processes": state.num_processes,
-        "splits": splits,
     }
     kept = kept_predictions(arguments, settings, languages)
-    predictions: dict[str, list[Prediction]] = {}
-    for language in tqdm(languages, desc="languages", disable=not state.is_main_process):
+
+    def prepare(language: str) -> tuple[str, Dataset, list[str], Dataset | None]:
+        """The language's split, rows, ids, and windows unless its predictions are kept."""
         rows = task.load_test(language, arguments.data_root)
-        splits[language] = str(rows.split)
+        split = str(rows.split)
         ids = shared_ids or chosen_ids(task, rows, arguments)
         rows = select_ids(task, rows, ids, language)
+        is_kept = [row.id for row in kept.get(language, [])] == ids
+        return split, rows, ids, None if is_kept else task.windows(rows, tokenizer, max_length, doc_stride)
+
+    splits: dict[str, str] = {}
+    predictions: dict[str, list[Prediction]] = {}
+    prepared = zip(languages, prefetched(prepare, languages))
+    for language, (split, rows, ids, windows) in tqdm(
+        prepared, desc="languages", total=len(languages), disable=not state.is_main_process
+    ):
+        splits[language] = split
         if isinstance(clusters, dict):
             clusters[language] = cluster_numbers(task.groups(rows))
-        if [row.id for row in kept.get(language, [])] == ids:
+        if windows is None:
             logger.info("%s: kept from the interrupted run", language)
             predictions[language] = kept[language]
             continue
-        predictions[language] = predict(
-            model,
-            tokenizer,
-            task,
-            rows,
-            ids,
-            max_length=max_length,
-            doc_stride=doc_stride,
-            batch_size=arguments.batch_size,
-            bf16=arguments.bf16,
-            description=language,
-        )
+        predictions[language] = predict(model, tokenizer, task, rows, ids, windows, options, description=language)
         if state.is_main_process:
             write_predictions(predictions_file(output_folder(arguments), language), predictions[language])
 
-    scores = build_scores(task, predictions, clusters, model.config, settings)
+    scores = build_scores(task, predictions, clusters, splits, model.config, settings)
     if state.is_main_process:
         write_scores(output_folder(arguments), scores)
         finish(output_folder(arguments))

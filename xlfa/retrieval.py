@@ -11,18 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from datasets import Dataset
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 from modeling_xlfa import XLFAModel
-from xlfa.arguments import option, parse_arguments
+from xlfa.arguments import InferenceArguments, option, parse_arguments
 from xlfa.backbones import resolve_encoder
 from xlfa.data import load_rows
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError
 from xlfa.files import write_text
+from xlfa.inference import InferenceOptions, infer
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +46,8 @@ RETRIEVAL_FILE = "retrieval.json"
 DESCRIPTION = "Sentence retrieval (Tatoeba) by the mean-pooled states of every layer and of the fused ones."
 
 
-@dataclass
-class RetrievalArguments:
+@dataclass(kw_only=True)
+class RetrievalArguments(InferenceArguments):
     """What is embedded and where the scores go."""
 
     model: str = field(
@@ -54,9 +59,7 @@ class RetrievalArguments:
     data_root: str | None = option("Folder with data sets as <org>/<name> instead of the Hub.")
     output_dir: str | None = option(f"Where to write {RETRIEVAL_FILE}; by default <model>/scores/retrieval.")
     max_examples: int | None = option("Use the first that many pairs of each language.")
-    batch_size: int = option("Sentences a batch.", 64)
     max_length: int = option("Longest sentence in tokens; longer ones are cut and counted.", 128)
-    bf16: bool = option("Matrix products in bfloat16.", False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,13 +99,14 @@ def score_retrieval(arguments: RetrievalArguments) -> dict[str, Any]:
         raise XLFAError(f"--languages {unknown[0]}: {DATASET} has {' '.join(CONFIGS)}")
     logger.info(describe_threads())
     model, tokenizer = load_states_model(arguments.model)
+    options = InferenceOptions.of(arguments, model.device)
     by_language = {}
     for language in tqdm(languages, desc="languages"):
         rows = load_rows(DATASET, CONFIGS[language], SPLIT, arguments.data_root, COLUMNS)
         rows = rows.select(range(min(len(rows), arguments.max_examples or len(rows))))
-        options = {"batch_size": arguments.batch_size, "max_length": arguments.max_length, "bf16": arguments.bf16}
         sides = [
-            embed_sentences(model, tokenizer, list(rows[column]), **options, description=language) for column in COLUMNS
+            embed_sentences(model, tokenizer, rows[column][:], options, arguments.max_length, description=language)
+            for column in COLUMNS
         ]
         by_language[language] = {"pairs": len(rows), "layers": precision_by_layer(*sides)}
     return {
@@ -113,7 +117,7 @@ def score_retrieval(arguments: RetrievalArguments) -> dict[str, Any]:
         "fusion": model.config.fusion,
         "languages": by_language,
         "average": average_by_layer(by_language),
-        "settings": {name: getattr(arguments, name) for name in ("max_examples", "max_length", "bf16")},
+        "settings": {"max_examples": arguments.max_examples, "max_length": arguments.max_length, **vars(options)},
         "versions": versions(),
     }
 
@@ -130,7 +134,7 @@ def load_states_model(name: str) -> tuple[XLFAModel, PreTrainedTokenizerBase]:
             model = XLFAModel.from_pretrained(source)
         else:
             model = XLFAModel.from_encoder(source, fusion="none")
-        return model.eval(), AutoTokenizer.from_pretrained(source)
+        return model.to(PartialState().device), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise XLFAError(f"--model {name}: cannot load it ({error})") from None
 
@@ -139,10 +143,8 @@ def embed_sentences(
     model: XLFAModel,
     tokenizer: PreTrainedTokenizerBase,
     sentences: list[str],
-    *,
-    batch_size: int = 64,
+    options: InferenceOptions,
     max_length: int = 128,
-    bf16: bool = False,
     only: str | None = None,
     description: str = "",
 ) -> dict[str, torch.Tensor]:
@@ -152,26 +154,24 @@ def embed_sentences(
         only: a layer's name; no other is kept.
         description: stands before the progress bar and in the warning about long sentences.
     """
-    encoded = tokenizer(sentences, truncation=True, max_length=max_length)["input_ids"]
-    cut = sum(len(ids) == max_length for ids in encoded)
+    encoded = tokenizer(sentences, truncation=True, max_length=max_length, return_length=True)
+    cut = sum(length == max_length for length in encoded["length"])
     if cut:
         logger.warning("%s: %d sentences reach --max_length %d and may be cut", description, cut, max_length)
-    order = sorted(range(len(encoded)), key=lambda position: len(encoded[position]), reverse=True)
-    pooled: dict[str, list[torch.Tensor]] = {}
-    for start in tqdm(range(0, len(order), batch_size), desc=description, leave=False):
-        batch = [{"input_ids": encoded[position]} for position in order[start : start + batch_size]]
-        inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
-        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            output = model(**inputs, output_hidden_states=True)
-        states = {str(layer): tensor for layer, tensor in enumerate(output.hidden_states)}
-        if model.fusion is not None:
-            states[FUSED] = output.last_hidden_state
+    layers = [str(layer) for layer in range(model.config.num_hidden_layers + 1)]
+    names = [only] if only is not None else layers if model.fusion is None else [*layers, FUSED]
+
+    def pool(outputs: ModelOutput, inputs: BatchEncoding, columns: dict) -> torch.Tensor:
+        """B x layers x E."""
         weights = inputs["attention_mask"].unsqueeze(-1).float()
-        for name, tensor in states.items() if only is None else [(only, states[only])]:
-            means = (tensor.float() * weights).sum(1) / weights.sum(1)
-            pooled.setdefault(name, []).append(torch.nn.functional.normalize(means, dim=-1).cpu())
-    back = torch.tensor(order).argsort()
-    return {name: torch.cat(parts)[back] for name, parts in pooled.items()}
+        states = [outputs.last_hidden_state if name == FUSED else outputs.hidden_states[int(name)] for name in names]
+        means = [(tensor.float() * weights).sum(1) / weights.sum(1) for tensor in states]
+        return torch.nn.functional.normalize(torch.stack(means, dim=1), dim=-1)
+
+    inputs = Dataset.from_dict(dict(encoded))
+    kept = names != [FUSED]
+    vectors = infer(model, tokenizer, inputs, pool, options, description=description, output_hidden_states=kept)
+    return dict(zip(names, torch.from_numpy(np.stack(vectors, axis=1))))
 
 
 def precision_by_layer(

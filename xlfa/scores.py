@@ -18,8 +18,8 @@ from xlfa.tasks import Prediction, Task
 SCORES_FILE = "scores.json"
 SCORES_SCHEMA = Path(__file__).parent / "scores.schema.json"
 FIGURE_FILE = "scores.png"
-# Version 1 had no intervals, families and clusters.
-SCHEMA_VERSION = 2
+# Version 1 had no intervals, families and clusters; version 2 no split by language.
+SCHEMA_VERSION = 3
 # The DLFA paper's groups: enf, and noenf for the rest.
 ENGLISH_FAMILY = ("en", "de")
 SUMMARIES = ("average", "average_xtreme", "enf", "noenf", "transfer_gap")
@@ -78,6 +78,7 @@ def build_scores(
     task: Task,
     predictions: dict[str, list[Prediction]],
     clusters: Clusters,
+    splits: dict[str, str],
     config: XLFAConfig,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
@@ -86,6 +87,7 @@ def build_scores(
     Args:
         predictions: ISO 639-1 code → all of a language; those of a parallel task in the same order in every language.
         clusters: of the examples; by language unless the task is parallel.
+        splits: the split that was scored, by language.
         config: of the model; its fusion and transport fields are recorded.
         settings: how it was scored.
     """
@@ -101,7 +103,7 @@ def build_scores(
         "schema_version": SCHEMA_VERSION,
         "task": task.name,
         "dataset": task.test_dataset,
-        "split": task.test_split,
+        "splits": splits,
         "primary_metric": task.metrics[0],
         "languages": languages,
         **summarise(task, languages),
@@ -167,12 +169,21 @@ def format_table(scores: dict[str, Any]) -> str:
             return "-"
         return f"{value:.2f}" if interval is None else f"{value:.2f} [{interval[0]:.1f}, {interval[1]:.1f}]"
 
-    lines = [f"{scores['task']}, {scores['dataset']} ({scores['split']}), {describe_examples(scores)}"]
+    lines = [f"{scores['task']}, {scores['dataset']} ({describe_splits(scores)}), {describe_examples(scores)}"]
     lines.append(" ".join([" " * width, *(f"{metric:>22}" for metric in metrics)]))
     for name in rows:
         lines.append(" ".join([f"{name:<{width}}", *(f"{cell(name, metric):>22}" for metric in metrics)]))
     lines.append(f"[low, high]: {scores['bootstrap']['confidence']:.0%} interval by bootstrap over clusters")
     return "\n".join(lines)
+
+
+def describe_splits(scores: dict[str, Any]) -> str:
+    """Which splits were scored: `test`, or `test; validation: de fr` where some languages have another one."""
+    by_split: dict[str, list[str]] = {}
+    for language, split in scores["splits"].items():
+        by_split.setdefault(split, []).append(language)
+    (first, _), *others = sorted(by_split.items(), key=lambda item: -len(item[1]))
+    return "; ".join([first, *(f"{split}: {' '.join(languages)}" for split, languages in others)])
 
 
 def describe_examples(scores: dict[str, Any]) -> str:

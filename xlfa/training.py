@@ -21,11 +21,12 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_xlfa import XLFAConfig
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
-from xlfa.arguments import DataArguments, ModelArguments, XLFATrainingArguments, parse_arguments
+from xlfa.arguments import DataArguments, InferenceArguments, ModelArguments, XLFATrainingArguments, parse_arguments
 from xlfa.backbones import resolve_encoder
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError, exit_with_message
 from xlfa.files import write_text
+from xlfa.inference import InferenceOptions
 from xlfa.parallel import SOURCE_LANGUAGE, PairSampler, load_parallel, read_piece_weights
 from xlfa.prediction import predict
 from xlfa.tasks import Task, get_task
@@ -66,7 +67,7 @@ class XLFATrainer(Trainer):
         task: gives predictions and scores of the validation rows.
         pair_sampler: None without the alignment term.
         validation_rows: English examples, scored by `evaluate`.
-        max_length, doc_stride: of the validation windows.
+        validation_windows: of these rows.
     """
 
     def __init__(
@@ -75,15 +76,13 @@ class XLFATrainer(Trainer):
         task: Task,
         pair_sampler: PairSampler | None,
         validation_rows: Dataset,
-        max_length: int,
-        doc_stride: int,
+        validation_windows: Dataset,
         **kwargs: Any,
     ):
         super().__init__(*args, eval_dataset=validation_rows, **kwargs)
         self.task = task
         self.pair_sampler = pair_sampler
-        self.validation_rows = validation_rows
-        self.max_length, self.doc_stride = max_length, doc_stride
+        self.validation_rows, self.validation_windows = validation_rows, validation_windows
         self._part_sums: dict[str, torch.Tensor] = {}
         self._part_counts: dict[str, int] = {}
 
@@ -151,10 +150,8 @@ class XLFATrainer(Trainer):
             self.task,
             rows,
             self.task.example_ids(rows),
-            max_length=self.max_length,
-            doc_stride=self.doc_stride,
-            batch_size=self.args.per_device_eval_batch_size,
-            bf16=self.args.bf16,
+            self.validation_windows,
+            InferenceOptions.of(InferenceArguments(bf16=self.args.bf16), self.args.device),
             description="validation",
         )
         scores = self.task.score(predictions, SOURCE_LANGUAGE)
@@ -245,8 +242,7 @@ def train(
         task=task,
         pair_sampler=pair_sampler,
         validation_rows=validation_rows,
-        max_length=data_args.max_length,
-        doc_stride=data_args.doc_stride,
+        validation_windows=task.windows(validation_rows, tokenizer, data_args.max_length, data_args.doc_stride),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

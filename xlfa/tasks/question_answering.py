@@ -1,25 +1,22 @@
 """Extractive question answering (XQuAD, MLQA, TyDiQA): windows over long contexts, and the best span back from them."""
 
 import functools
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import evaluate
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from modeling_xlfa import XLFAForQuestionAnswering
 from xlfa.errors import XLFAError
 from xlfa.metrics.extractive_qa import question_scores
 from xlfa.tasks.task import Prediction, Task
-
-logger = logging.getLogger(__name__)
 
 EXTRACTIVE_QA = Path(__file__).parent.parent / "metrics" / "extractive_qa.py"
 # XTREME's limits, in tokens.
@@ -34,6 +31,8 @@ class QuestionAnsweringTask(Task):
     metrics: tuple[str, ...] = ("f1", "exact_match", "f1_mlqa", "exact_match_mlqa")
     columns: tuple[str, ...] = ("id", "context", "question", "answers")
     group_columns: tuple[str, ...] = ("context",)
+    cut_unit: ClassVar[str] = f"questions are cut to {MAX_QUESTION_TOKENS} tokens"
+    read_columns: ClassVar[tuple[str, ...]] = ("context_start", "context_length")
 
     @property
     def model_class(self) -> type:
@@ -49,11 +48,20 @@ class QuestionAnsweringTask(Task):
             if not row["answers"]["text"]:
                 raise XLFAError(f"{place}: row {position} has no answer; SQuAD v1.1 has one for every question")
 
-    def _encode(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
-    ) -> list[dict[str, Any]]:
-        """Windows over the contexts: `doc_stride` tokens of each are in the next one too."""
-        questions = _cut_questions([question.lstrip() for question in rows["question"]], tokenizer)
+    def encode(
+        self,
+        batch: dict[str, list],
+        positions: list[int],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        doc_stride: int,
+    ) -> dict[str, list]:
+        """Windows over the contexts: `doc_stride` tokens of each are in the next one too.
+
+        The context stands in a window from token `context_start` on; `first_characters` and `past_characters` say for
+        each of its tokens there where in the context it begins and ends.
+        """
+        questions, cut = _cut_questions([question.lstrip() for question in batch["question"]], tokenizer)
         room = max_length - MAX_QUESTION_TOKENS - tokenizer.num_special_tokens_to_add(pair=True)
         if room <= 0:
             raise XLFAError(
@@ -62,7 +70,7 @@ class QuestionAnsweringTask(Task):
             )
         encoded = tokenizer(
             questions,
-            list(rows["context"]),
+            batch["context"],
             truncation="only_second",
             max_length=max_length,
             # The tokenizer refuses a stride that is longer than the room a long question leaves.
@@ -70,28 +78,32 @@ class QuestionAnsweringTask(Task):
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        names = [name for name in encoded if name not in ("overflow_to_sample_mapping", "offset_mapping")]
-        windows = []
-        for index, example in enumerate(encoded["overflow_to_sample_mapping"]):
-            sequence = encoded.sequence_ids(index)
-            first = sequence.index(1)
-            last = len(sequence) - 1 - sequence[::-1].index(1)
-            windows.append(
-                {
-                    "example": example,
-                    **{name: encoded[name][index] for name in names},
-                    "context_start": first,
-                    "context_offsets": encoded["offset_mapping"][index][first : last + 1],
-                }
-            )
+        examples, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
+        windows: dict[str, list] = {name: values for name, values in encoded.items()}
+        windows["length"] = [len(ids) for ids in encoded["input_ids"]]
+        windows["example"] = [positions[example] for example in examples]
+        # An example's first window counts it.
+        windows["cut"] = [
+            int(example in cut and (index == 0 or examples[index - 1] != example))
+            for index, example in enumerate(examples)
+        ]
+        spans = [_context_span(encoded.sequence_ids(index)) for index in range(len(examples))]
+        windows["context_start"] = [first for first, _ in spans]
+        windows["context_length"] = [past - first for first, past in spans]
+        for name, side in (("first_characters", 0), ("past_characters", 1)):
+            windows[name] = [
+                [characters[side] for characters in each[first:past]] for each, (first, past) in zip(offsets, spans)
+            ]
         return windows
 
     def training_features(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
     ) -> Dataset:
-        windows = self._encode(rows, tokenizer, max_length, doc_stride)
-        contexts, answers = rows["context"], rows["answers"]
-        for window in windows:
+        windows = self.windows(rows, tokenizer, max_length, doc_stride)
+        contexts, answers = rows["context"][:], rows["answers"][:]
+        positions: dict[str, list[int]] = {"start_positions": [], "end_positions": []}
+        read = ["example", "context_start", "first_characters", "past_characters"]
+        for window in windows.select_columns(read):
             answer = answers[window["example"]]
             start_char = answer["answer_start"][0]
             end_char = start_char + len(answer["text"][0])
@@ -100,55 +112,44 @@ class QuestionAnsweringTask(Task):
                     f"training row {window['example']}: the answer {answer['text'][0]!r} does not stand at character "
                     f"{start_char} of its context"
                 )
-            span = answer_tokens(window["context_offsets"], start_char, end_char)
+            span = answer_tokens(window["first_characters"], window["past_characters"], start_char, end_char)
             # As in the field: where the window does not hold the answer, both positions point at the first token.
             start, end = (0, 0) if span is None else (position + window["context_start"] for position in span)
-            window["start_positions"], window["end_positions"] = start, end
-        names = [name for name in windows[0] if name not in ("example", "context_start", "context_offsets")]
-        return Dataset.from_dict({name: [window[name] for window in windows] for name in names})
+            positions["start_positions"].append(start)
+            positions["end_positions"].append(end)
+        features = windows.remove_columns([*read, "context_length", "cut"])
+        for name, values in positions.items():
+            features = features.add_column(name, values)
+        return features
 
-    def scoring_windows(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
-    ) -> list[dict[str, Any]]:
-        return self._encode(rows, tokenizer, max_length, doc_stride)
-
-    def read_outputs(self, outputs: ModelOutput, windows: list[dict[str, Any]]) -> list[Any]:
-        """(log probability inside the window, first character, past the last character) of each window's best span."""
+    def read_outputs(self, outputs: ModelOutput, inputs: BatchEncoding, columns: dict[str, list[int]]) -> torch.Tensor:
+        """Of each window's best span: log probability inside the window, first and last token of the context, B x 3."""
         device = outputs.start_logits.device
-        length = outputs.start_logits.shape[1]
-        first = torch.tensor([window["context_start"] for window in windows], device=device).unsqueeze(1)
-        count = torch.tensor([len(window["context_offsets"]) for window in windows], device=device).unsqueeze(1)
-        positions = torch.arange(length, device=device)
+        first, count = (torch.tensor(columns[name], device=device).unsqueeze(1) for name in self.read_columns)
+        positions = torch.arange(outputs.start_logits.shape[1], device=device)
         outside = (positions < first) | (positions >= first + count)
         # Padding is no token of the window: without this the probabilities would depend on the batch.
-        padding = positions >= torch.tensor([len(window["input_ids"]) for window in windows], device=device).unsqueeze(
-            1
-        )
+        padding = inputs["attention_mask"] == 0
         start_logits = outputs.start_logits.float().masked_fill(padding, -torch.inf)
         end_logits = outputs.end_logits.float().masked_fill(padding, -torch.inf)
         scores, starts, ends = best_spans(start_logits, end_logits, outside)
-        readings = []
-        for window, score, start, end in zip(windows, scores.tolist(), starts.tolist(), ends.tolist()):
-            offsets = window["context_offsets"]
-            readings.append(
-                (score, offsets[start - window["context_start"]][0], offsets[end - window["context_start"]][1])
-            )
-        return readings
+        first = first.squeeze(1)
+        return torch.stack([scores, (starts - first).float(), (ends - first).float()], dim=-1)
 
     def predictions(
-        self, rows: Dataset, ids: list[str], windows: list[dict[str, Any]], readings: list[Any]
+        self, rows: Dataset, ids: list[str], windows: Dataset, readings: list[np.ndarray]
     ) -> list[Prediction]:
-        best: dict[int, tuple[float, int, int]] = {}
-        for window, reading in zip(windows, readings, strict=True):
-            example = window["example"]
-            if example not in best or reading[0] > best[example][0]:
-                best[example] = reading
-        contexts, answers = rows["context"], rows["answers"]
+        best: dict[int, int] = {}
+        for index, example in enumerate(windows["example"]):
+            if example not in best or readings[index][0] > readings[best[example]][0]:
+                best[example] = index
+        chosen = [best[position] for position in range(len(ids))]
+        spans = windows.select_columns(["first_characters", "past_characters"]).select(chosen).with_format("numpy")
         predictions = []
-        for position, id in enumerate(ids):
-            score, start, end = best[position]
-            text = contexts[position][start:end].strip()
-            predictions.append(Prediction(id, text, list(answers[position]["text"]), math.exp(score)))
+        for id, context, answers, index, span in zip(ids, rows["context"], rows["answers"], chosen, spans, strict=True):
+            score, start, end = readings[index].tolist()
+            text = context[span["first_characters"][int(start)] : span["past_characters"][int(end)]].strip()
+            predictions.append(Prediction(id, text, list(answers["text"]), math.exp(score)))
         return predictions
 
     def score(self, predictions: list[Prediction], language: str) -> dict[str, float | None]:
@@ -166,13 +167,20 @@ class QuestionAnsweringTask(Task):
         }
 
 
-def answer_tokens(offsets: list[tuple[int, int]], start_char: int, end_char: int) -> tuple[int, int] | None:
+def answer_tokens(
+    first_characters: list[int], past_characters: list[int], start_char: int, end_char: int
+) -> tuple[int, int] | None:
     """First and last token that the characters [start_char, end_char) touch; None if the window lacks some."""
-    if offsets[0][0] > start_char or offsets[-1][1] < end_char:
+    if first_characters[0] > start_char or past_characters[-1] < end_char:
         return None
-    start = next(index for index, (_, past) in enumerate(offsets) if past > start_char)
-    end = next(index for index in range(len(offsets) - 1, -1, -1) if offsets[index][0] < end_char)
+    start = next(index for index, past in enumerate(past_characters) if past > start_char)
+    end = next(index for index in range(len(first_characters) - 1, -1, -1) if first_characters[index] < end_char)
     return start, max(start, end)
+
+
+def _context_span(sequence_ids: list[int | None]) -> tuple[int, int]:
+    """First token of the second sequence, and the one after its last."""
+    return sequence_ids.index(1), len(sequence_ids) - sequence_ids[::-1].index(1)
 
 
 def best_spans(
@@ -200,16 +208,14 @@ def best_spans(
     return scores, starts, starts + flat // length
 
 
-def _cut_questions(questions: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Questions of at most `MAX_QUESTION_TOKENS` tokens; longer ones lose their end, which is logged."""
+def _cut_questions(questions: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[int]]:
+    """Questions of at most `MAX_QUESTION_TOKENS` tokens, and the indices of those that lost their end."""
     offsets = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     cut = [index for index, pieces in enumerate(offsets) if len(pieces) > MAX_QUESTION_TOKENS]
-    if cut:
-        logger.warning("%d questions are cut to %d tokens", len(cut), MAX_QUESTION_TOKENS)
     questions = list(questions)
     for index in cut:
         questions[index] = questions[index][: offsets[index][MAX_QUESTION_TOKENS - 1][1]]
-    return questions
+    return questions, cut
 
 
 @functools.cache

@@ -1,22 +1,20 @@
 """Tasks that give one label to a pair of sentences (XNLI, PAWS-X)."""
 
 import functools
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import evaluate
 import numpy as np
+import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from modeling_xlfa import XLFAForSequenceClassification
 from xlfa.errors import XLFAError
 from xlfa.tasks.task import Prediction, Task
-
-logger = logging.getLogger(__name__)
 
 ACCURACY = Path(__file__).parent.parent / "metrics" / "accuracy.py"
 
@@ -31,6 +29,7 @@ class SequenceClassificationTask(Task):
 
     sentence_columns: tuple[str, str]
     metrics: tuple[str, ...] = ("accuracy",)
+    cut_unit: ClassVar[str] = "pairs reach it and may be cut"
 
     @property
     def model_class(self) -> type:
@@ -50,37 +49,35 @@ class SequenceClassificationTask(Task):
     def texts(self, rows: Dataset) -> list[str]:
         return [text for column in self.sentence_columns for text in rows[column]]
 
-    def _encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
-        first, second = (list(rows[column]) for column in self.sentence_columns)
-        encoded = tokenizer(first, second, truncation=True, max_length=max_length)
-        cut = sum(len(ids) == max_length for ids in encoded["input_ids"])
-        if cut:
-            logger.info("%d of %d pairs reach the limit of %d tokens and may be cut", cut, len(first), max_length)
-        return dict(encoded)
+    def encode(
+        self,
+        batch: dict[str, list],
+        positions: list[int],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        doc_stride: int,
+    ) -> dict[str, list]:
+        """One input a pair."""
+        first, second = (batch[column] for column in self.sentence_columns)
+        encoded = tokenizer(first, second, truncation=True, max_length=max_length, return_length=True)
+        return {**encoded, "example": positions, "cut": [int(length == max_length) for length in encoded["length"]]}
 
     def training_features(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
     ) -> Dataset:
-        return Dataset.from_dict({**self._encode(rows, tokenizer, max_length), "labels": list(rows["label"])})
+        windows = self.windows(rows, tokenizer, max_length, doc_stride)
+        return windows.add_column("labels", rows["label"][:]).remove_columns(["example", "cut"])
 
-    def scoring_windows(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
-    ) -> list[dict[str, Any]]:
-        encoded = self._encode(rows, tokenizer, max_length)
-        return [
-            {"example": position, **dict(zip(encoded, values))}
-            for position, values in enumerate(zip(*encoded.values()))
-        ]
-
-    def read_outputs(self, outputs: ModelOutput, windows: list[dict[str, Any]]) -> list[Any]:
+    def read_outputs(self, outputs: ModelOutput, inputs: BatchEncoding, columns: dict[str, list[int]]) -> torch.Tensor:
+        """Label number and its probability, B x 2."""
         probabilities, labels = outputs.logits.float().softmax(-1).max(-1)
-        return list(zip(labels.tolist(), probabilities.tolist()))
+        return torch.stack([labels.float(), probabilities], dim=-1)
 
     def predictions(
-        self, rows: Dataset, ids: list[str], windows: list[dict[str, Any]], readings: list[Any]
+        self, rows: Dataset, ids: list[str], windows: Dataset, readings: list[np.ndarray]
     ) -> list[Prediction]:
         return [
-            Prediction(id, self.label_names[predicted], self.label_names[label], probability)
+            Prediction(id, self.label_names[int(predicted)], self.label_names[label], float(probability))
             for id, label, (predicted, probability) in zip(ids, rows["label"], readings, strict=True)
         ]
 

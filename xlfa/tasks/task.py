@@ -3,11 +3,12 @@
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
+import torch
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from xlfa.data import (
@@ -18,6 +19,7 @@ from xlfa.data import (
     load_rows,
     sample_clusters,
 )
+from xlfa.encoding import encode_rows
 from xlfa.errors import XLFAError
 from xlfa.parallel import SOURCE_LANGUAGE
 
@@ -84,6 +86,8 @@ class Task(ABC):
         group_columns: rows that share a value in any of them belong together when data are split or sampled; without
             one, each row is a group.
         label_names: of a classification task, in the order of the label numbers.
+        cut_unit: what the column `cut` of the windows counts.
+        read_columns: columns of the windows that `read_outputs` needs.
     """
 
     name: str
@@ -101,6 +105,8 @@ class Task(ABC):
     fallback_splits: tuple[str, ...] = ()
     id_prefixes: dict[str, str] = field(default_factory=dict)
     parallel: bool = True
+    cut_unit: ClassVar[str]
+    read_columns: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
@@ -118,21 +124,46 @@ class Task(ABC):
         """Tokenised training examples with the columns that the head's `forward` takes."""
 
     @abstractmethod
-    def scoring_windows(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
-    ) -> list[dict[str, Any]]:
-        """Tokenised inputs, one or more an example: `input_ids`, `attention_mask`, `example` (its position), and what
-        `read_outputs` needs."""
+    def encode(
+        self,
+        batch: dict[str, list],
+        positions: list[int],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        doc_stride: int,
+    ) -> dict[str, list]:
+        """Tokenised inputs of a batch of rows, one or more an example.
+
+        Args:
+            positions: of the rows among all.
+
+        Returns:
+            Columns: what the model takes, `length` (tokens), `example` (its position), `cut` (how much of the example
+            the length limit left out, in the unit of `cut_unit`), and what else the task reads.
+        """
+
+    def windows(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int) -> Dataset:
+        """The columns of `encode` for all rows, cached; what the limits cut off is logged."""
+        windows = encode_rows(self, rows, tokenizer, max_length, doc_stride)
+        cut = sum(windows["cut"])
+        if cut:
+            logger.warning("%s, limit of %d tokens: %d %s", self.name, max_length, cut, self.cut_unit)
+        return windows
 
     @abstractmethod
-    def read_outputs(self, outputs: ModelOutput, windows: list[dict[str, Any]]) -> list[Any]:
-        """What is kept of a batch's outputs, one small object a window."""
+    def read_outputs(self, outputs: ModelOutput, inputs: BatchEncoding, columns: dict[str, list[int]]) -> torch.Tensor:
+        """What is kept of a batch's outputs, a few numbers a window: B x ..., on the model's device.
+
+        Args:
+            inputs: padded.
+            columns: the windows' `read_columns`.
+        """
 
     @abstractmethod
     def predictions(
-        self, rows: Dataset, ids: list[str], windows: list[dict[str, Any]], readings: list[Any]
+        self, rows: Dataset, ids: list[str], windows: Dataset, readings: list[np.ndarray]
     ) -> list[Prediction]:
-        """One prediction an example, in the order of `rows`."""
+        """One prediction an example, in the order of `rows`, from what `read_outputs` kept of each window."""
 
     @abstractmethod
     def score(self, predictions: list[Prediction], language: str) -> dict[str, float | None]:

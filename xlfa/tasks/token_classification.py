@@ -1,23 +1,21 @@
 """Tasks that give a tag to each word of a sentence (named entities, parts of speech)."""
 
 import functools
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import evaluate
 import numpy as np
+import torch
 from datasets import ClassLabel, Dataset
-from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DataCollatorForTokenClassification, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from modeling_xlfa import XLFAForTokenClassification
 from xlfa.errors import XLFAError
 from xlfa.metrics.tagging import count_tags
 from xlfa.tasks.task import Prediction, Task
-
-logger = logging.getLogger(__name__)
 
 TAGGING = Path(__file__).parent.parent / "metrics" / "tagging.py"
 # The loss leaves out tokens with this label.
@@ -38,6 +36,7 @@ class TokenClassificationTask(Task):
     tag_column: str
     group_columns: tuple[str, ...] = ()
     parallel: bool = False
+    cut_unit: ClassVar[str] = "words are missed: behind the limit, or without a piece"
 
     @property
     def model_class(self) -> type:
@@ -69,37 +68,40 @@ class TokenClassificationTask(Task):
                     f"0..{len(self.label_names) - 1} ({', '.join(self.label_names)})"
                 )
 
-    def _encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, Any]]:
+    def encode(
+        self,
+        batch: dict[str, list],
+        positions: list[int],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        doc_stride: int,
+    ) -> dict[str, list]:
         """One input a sentence; `first_pieces` is the position of the first piece of each word, None if missed."""
-        sentences = list(rows["tokens"])
+        sentences = batch["tokens"]
         if max_length <= tokenizer.num_special_tokens_to_add():
             raise XLFAError(f"--max_length {max_length} leaves no room for a word beside the special tokens: raise it")
-        encoded = tokenizer(sentences, is_split_into_words=True, truncation=True, max_length=max_length)
-        windows = []
+        encoded = tokenizer(
+            sentences, is_split_into_words=True, truncation=True, max_length=max_length, return_length=True
+        )
+        first_pieces: list[list[int | None]] = []
         for example, words in enumerate(sentences):
-            first_pieces: list[int | None] = [None] * len(words)
+            first_pieces.append([None] * len(words))
             for piece, word in enumerate(encoded.word_ids(example)):
-                if word is not None and first_pieces[word] is None:
-                    first_pieces[word] = piece
-            inputs = {name: encoded[name][example] for name in encoded}
-            windows.append({"example": example, **inputs, "first_pieces": first_pieces})
-        missed = sum(window["first_pieces"].count(None) for window in windows)
-        if missed:
-            logger.warning(
-                "%s: %d of %d words are missed: behind the limit of %d tokens, or without a piece",
-                self.name,
-                missed,
-                sum(map(len, sentences)),
-                max_length,
-            )
-        return windows
+                if word is not None and first_pieces[-1][word] is None:
+                    first_pieces[-1][word] = piece
+        return {
+            **encoded,
+            "example": positions,
+            "first_pieces": first_pieces,
+            "cut": [pieces.count(None) for pieces in first_pieces],
+        }
 
     def training_features(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
     ) -> Dataset:
         features: list[dict[str, list[int]]] = []
-        for window, tags in zip(self._encode(rows, tokenizer, max_length), rows[self.tag_column]):
-            del window["example"]
+        windows = self.windows(rows, tokenizer, max_length, doc_stride).remove_columns(["example", "cut"])
+        for window, tags in zip(windows, rows[self.tag_column]):
             labels = [NOT_SCORED] * len(window["input_ids"])
             for piece, tag in zip(window.pop("first_pieces"), tags):
                 if piece is not None:
@@ -111,29 +113,20 @@ class TokenClassificationTask(Task):
             raise XLFAError(f"no training sentence of the task {self.name!r} has a word that the tokenizer knows")
         return Dataset.from_list(features)
 
-    def scoring_windows(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
-    ) -> list[dict[str, Any]]:
-        return self._encode(rows, tokenizer, max_length)
-
-    def read_outputs(self, outputs: ModelOutput, windows: list[dict[str, Any]]) -> list[Any]:
-        """(tag, probability) of each word of each window, None for a missed word."""
-        probabilities, tags = (values.tolist() for values in outputs.logits.float().softmax(-1).max(-1))
-        return [
-            [
-                None if piece is None else (tags[row][piece], probabilities[row][piece])
-                for piece in window["first_pieces"]
-            ]
-            for row, window in enumerate(windows)
-        ]
+    def read_outputs(self, outputs: ModelOutput, inputs: BatchEncoding, columns: dict[str, list[int]]) -> torch.Tensor:
+        """Tag number of each token and its probability, B x T x 2."""
+        probabilities, tags = outputs.logits.float().softmax(-1).max(-1)
+        return torch.stack([tags.float(), probabilities], dim=-1)
 
     def predictions(
-        self, rows: Dataset, ids: list[str], windows: list[dict[str, Any]], readings: list[Any]
+        self, rows: Dataset, ids: list[str], windows: Dataset, readings: list[np.ndarray]
     ) -> list[Prediction]:
         predictions = []
-        for id, tags, reading in zip(ids, rows[self.tag_column], readings, strict=True):
-            predicted = [None if word is None else self.label_names[word[0]] for word in reading]
-            probabilities = [word[1] for word in reading if word is not None]
+        for id, tags, pieces, reading in zip(
+            ids, rows[self.tag_column], windows["first_pieces"], readings, strict=True
+        ):
+            predicted = [None if piece is None else self.label_names[int(reading[piece, 0])] for piece in pieces]
+            probabilities = [float(reading[piece, 1]) for piece in pieces if piece is not None]
             score = sum(probabilities) / max(1, len(probabilities))
             predictions.append(Prediction(id, predicted, [self.label_names[tag] for tag in tags], score))
         return predictions

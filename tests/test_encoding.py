@@ -1,0 +1,66 @@
+"""Rows are tokenised once for each tokenizer and limit, and what changes the result changes the key."""
+
+import dataclasses
+
+import pytest
+from transformers import AutoTokenizer
+
+from xlfa.encoding import encode_rows, task_digest, tokenizer_digest
+from xlfa.tasks import get_task
+from xlfa.tasks.sequence_classification import SequenceClassificationTask
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+TASK = get_task("xnli")
+
+
+@pytest.fixture
+def tokenizer(tiny_encoder):
+    return AutoTokenizer.from_pretrained(tiny_encoder)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The limits that rows were tokenised with; what the cache holds is not among them."""
+    limits = []
+    encode = SequenceClassificationTask.encode
+
+    def recording_encode(self, batch, positions, tokenizer, max_length, doc_stride):
+        limits.append(max_length)
+        return encode(self, batch, positions, tokenizer, max_length, doc_stride)
+
+    monkeypatch.setattr(SequenceClassificationTask, "encode", recording_encode)
+    return limits
+
+
+def test_rows_are_tokenised_once_for_each_limit(tokenizer, encoded):
+    first = encode_rows(TASK, TASK.load_test("de", "sample"), tokenizer, 64, 0)
+    again = encode_rows(TASK, TASK.load_test("de", "sample"), tokenizer, 64, 0)
+    assert encoded == [64] and first.to_dict() == again.to_dict()
+    encode_rows(TASK, TASK.load_test("de", "sample"), tokenizer, 32, 0)
+    encode_rows(TASK, TASK.load_test("de", "sample").select(range(5)), tokenizer, 32, 0)
+    encode_rows(TASK, TASK.load_test("en", "sample"), tokenizer, 32, 0)
+    assert encoded == [64, 32, 32, 32]
+
+
+def test_the_key_of_a_tokenizer_does_not_change_with_its_calls(tiny_encoder, tokenizer):
+    before = tokenizer_digest(tokenizer)
+    tokenizer("some text", truncation=True, max_length=3)
+    tokenizer_digest.cache_clear()
+    assert tokenizer_digest(tokenizer) == before == tokenizer_digest(AutoTokenizer.from_pretrained(tiny_encoder))
+
+
+def test_another_vocabulary_is_another_tokenizer(tiny_encoder, tokenizer):
+    other = AutoTokenizer.from_pretrained(tiny_encoder)
+    other.add_tokens(["word"])
+    assert tokenizer_digest(other) != tokenizer_digest(tokenizer)
+
+
+def test_tasks_of_one_class_differ_by_their_fields():
+    assert task_digest(TASK) == task_digest(dataclasses.replace(TASK)) != task_digest(get_task("pawsx"))
+
+
+def test_what_the_limit_cuts_is_reported_from_the_cache_too(tokenizer, caplog):
+    for _ in range(2):
+        caplog.clear()
+        TASK.windows(TASK.load_test("de", "sample"), tokenizer, 24, 0)
+        assert "xnli, limit of 24 tokens: 45 pairs reach it and may be cut" in caplog.text

@@ -1,0 +1,53 @@
+"""Tokenised rows, cached on disk beside the rows by all that they depend on."""
+
+import functools
+import hashlib
+import inspect
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from xlfa.tasks import Task
+
+
+def encode_rows(
+    task: "Task", rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int
+) -> Dataset:
+    """The task's inputs of the rows (`Task.encode`), one or more an example, with the position `example` of each.
+
+    Rows that lie in a cache of datasets are tokenised once for each tokenizer, limit and version of the code.
+    """
+    key = [rows._fingerprint, task_digest(task), tokenizer_digest(tokenizer), max_length, doc_stride]
+    return rows.map(
+        task.encode,
+        with_indices=True,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "doc_stride": doc_stride},
+        remove_columns=rows.column_names,
+        # Ours: datasets' own would change with the padding and warnings that a tokenizer remembers of earlier calls.
+        new_fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32],
+        desc="tokenising",
+    )
+
+
+def task_digest(task: "Task") -> str:
+    """Changes with the task's fields and with the modules that its class and bases are written in."""
+    digest = hashlib.sha256(repr(task).encode())
+    for part in type(task).__mro__[:-1]:
+        digest.update(Path(inspect.getfile(part)).read_bytes())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes with the vocabulary, the settings and the version of a tokenizer, not with earlier calls of it."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    # What the last call asked for.
+    del state["truncation"], state["padding"]
+    settings = [type(tokenizer).__name__, tokenizer.model_input_names, state, metadata.version("tokenizers")]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
