@@ -38,6 +38,8 @@ for part in "${parts[@]}"; do
       for weight in 0 0.1; do
         train "runs/tasks/alignment/ot_weight-$weight" alignment "$data_root" --ot_weight "$weight"
       done
+      # For benchmarks/scoring.py; not scored here.
+      train runs/tasks/xquad xquad "$data_root"
       ;;
     taggers)
       for task in udpos wikiann; do

@@ -1,4 +1,4 @@
-"""Make a data root for PAWS-X out of the mirror, which has the validation split alone: train, validation and test parts.
+"""Make a data root for PAWS-X with train, validation and test parts out of the mirror, which has validation alone.
 
 Sentences of PAWS-X stand in several pairs. Pairs that share a sentence, in any language, form a group (and so do pairs
 that such pairs link); a group is in one part as a whole. Rows without a translation ("NS" in the data) are left out.
