@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from xlfa.arguments import DataArguments, ModelArguments, XLFATrainingArguments
 from xlfa.errors import XLFAError
 from xlfa.evaluation import EvaluationArguments, evaluate_model
 from xlfa.tasks import Prediction, get_task
-from xlfa.tasks.token_classification import NOT_SCORED
+from xlfa.tasks.token_classification import NOT_SCORED, marks_spaces
 from xlfa.training import train
 
 TASK, POS = get_task("wikiann"), get_task("udpos")
@@ -116,6 +117,32 @@ def test_a_sentence_without_a_piece_is_missed_and_not_trained_on(tokenizer):
     assert len(TASK.training_features(rows, tokenizer, 64, 0)) == 2
     with pytest.raises(XLFAError, match="no training sentence of the task 'wikiann' has a word"):
         TASK.training_features(rows.select([0]), tokenizer, 64, 0)
+
+
+def test_words_of_a_byte_level_tokenizer_have_the_pieces_of_running_text():
+    corpus = ["anna lee saw rome in the sun", "rome saw anna", "lee in rome"] * 5
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<pad>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(corpus, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+    assert marks_spaces(tokenizer)
+    windows = TASK.windows(ROWS, tokenizer, 64, 0)
+    assert windows["input_ids"][0] == tokenizer("anna lee saw rome")["input_ids"]
+    assert [
+        tokenizer.convert_ids_to_tokens(windows["input_ids"][0][piece]) for piece in windows["first_pieces"][0]
+    ] == [
+        "anna",
+        "Ġlee",
+        "Ġsaw",
+        "Ġrome",
+    ]
+    assert windows["first_pieces"][1][1] is None
+
+
+def test_tokenizers_that_set_words_apart_themselves_get_them_as_they_are(tokenizer):
+    assert not marks_spaces(tokenizer)
 
 
 def test_a_limit_without_room_for_a_word_is_refused(tokenizer):

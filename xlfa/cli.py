@@ -10,6 +10,7 @@ from xlfa.errors import exit_with_message
 EXAMPLES = """examples:
   xlfa train configs/quickstart.yaml --output_dir runs/first
   xlfa eval --model runs/first --task xnli --data_root sample
+  xlfa predict --model runs/xquad --input questions.jsonl --output answers.jsonl
   xlfa retrieval --model packaged:multilingual-e5-small --languages de ru --output_dir runs/retrieval
   xlfa rankc --model packaged:multilingual-e5-small --dataset local/bmlama17 --data_root … --output_dir runs/rankc
   xlfa backbone packaged:multilingual-e5-small
@@ -46,6 +47,12 @@ def _evaluate(argv: list[str]) -> None:
     evaluation_main(argv)
 
 
+def _predict(argv: list[str]) -> None:
+    from xlfa.answering import main as answering_main
+
+    answering_main(argv)
+
+
 def _retrieval(argv: list[str]) -> None:
     from xlfa.retrieval import main as retrieval_main
 
@@ -73,6 +80,7 @@ def _backbone(argv: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "eval": _evaluate,
+    "predict": _predict,
     "retrieval": _retrieval,
     "rankc": _rankc,
     "backbone": _backbone,

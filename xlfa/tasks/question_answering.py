@@ -24,6 +24,22 @@ MAX_QUESTION_TOKENS = 64
 MAX_ANSWER_TOKENS = 30
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model answers.
+
+    Attributes:
+        text: a part of the context, without space at its ends.
+        start, end: where it stands there, in characters; `end` is past the last.
+        score: the probability of its first and last token in the window it is from.
+    """
+
+    text: str
+    start: int
+    end: int
+    score: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuestionAnsweringTask(Task):
     """An answer is a span of the context; every question has one (SQuAD v1.1)."""
@@ -139,18 +155,11 @@ class QuestionAnsweringTask(Task):
     def predictions(
         self, rows: Dataset, ids: list[str], windows: Dataset, readings: list[np.ndarray]
     ) -> list[Prediction]:
-        best: dict[int, int] = {}
-        for index, example in enumerate(windows["example"]):
-            if example not in best or readings[index][0] > readings[best[example]][0]:
-                best[example] = index
-        chosen = [best[position] for position in range(len(ids))]
-        spans = windows.select_columns(["first_characters", "past_characters"]).select(chosen).with_format("numpy")
-        predictions = []
-        for id, context, answers, index, span in zip(ids, rows["context"], rows["answers"], chosen, spans, strict=True):
-            score, start, end = readings[index].tolist()
-            text = context[span["first_characters"][int(start)] : span["past_characters"][int(end)]].strip()
-            predictions.append(Prediction(id, text, list(answers["text"]), math.exp(score)))
-        return predictions
+        found = find_answers(rows["context"][:], windows, readings)
+        return [
+            Prediction(id, answer.text, list(right["text"]), answer.score)
+            for id, answer, right in zip(ids, found, rows["answers"], strict=True)
+        ]
 
     def score(self, predictions: list[Prediction], language: str) -> dict[str, float | None]:
         result = _extractive_qa().compute(
@@ -165,6 +174,29 @@ class QuestionAnsweringTask(Task):
         return {
             name: np.stack([found[name], np.ones(len(predictions))], axis=1) for name in self.metrics if name in found
         }
+
+
+def find_answers(contexts: list[str], windows: Dataset, readings: list[np.ndarray]) -> list[Answer]:
+    """The answer of each context's surest window.
+
+    Args:
+        windows: of `QuestionAnsweringTask.encode`, at least one a context.
+        readings: of each window, by `QuestionAnsweringTask.read_outputs`.
+    """
+    best: dict[int, int] = {}
+    for index, example in enumerate(windows["example"]):
+        if example not in best or readings[index][0] > readings[best[example]][0]:
+            best[example] = index
+    chosen = [best[position] for position in range(len(contexts))]
+    spans = windows.select_columns(["first_characters", "past_characters"]).select(chosen).with_format("numpy")
+    answers = []
+    for context, index, span in zip(contexts, chosen, spans, strict=True):
+        score, first, last = readings[index].tolist()
+        start, end = int(span["first_characters"][int(first)]), int(span["past_characters"][int(last)])
+        text = context[start:end]
+        start += len(text) - len(text.lstrip())
+        answers.append(Answer(text.strip(), start, start + len(text.strip()), math.exp(score)))
+    return answers
 
 
 def answer_tokens(

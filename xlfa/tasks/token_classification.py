@@ -78,6 +78,8 @@ class TokenClassificationTask(Task):
     ) -> dict[str, list]:
         """One input a sentence; `first_pieces` is the position of the first piece of each word, None if missed."""
         sentences = batch["tokens"]
+        if marks_spaces(tokenizer):
+            sentences = [[word and " " * bool(place) + word for place, word in enumerate(words)] for words in sentences]
         if max_length <= tokenizer.num_special_tokens_to_add():
             raise XLFAError(f"--max_length {max_length} leaves no room for a word beside the special tokens: raise it")
         encoded = tokenizer(
@@ -141,6 +143,12 @@ class TokenClassificationTask(Task):
     def contributions(self, predictions: list[Prediction], language: str) -> dict[str, np.ndarray]:
         counts = count_tags([row.prediction for row in predictions], [row.label for row in predictions])
         return {name: np.array(counts[name], dtype=float) for name in self.metrics}
+
+
+def marks_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a word has other pieces after a space than alone, so that words need theirs back (byte-level BPE)."""
+    alone = tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    return alone != tokenizer("a a", add_special_tokens=False)["input_ids"]
 
 
 @functools.cache
