@@ -174,6 +174,16 @@ def test_bad_input_gives_one_error_that_names_it(models, tmp_path, flags, messag
     assert not (tmp_path / "scores.json").exists()
 
 
+@pytest.mark.parametrize("labels", [["different", "paraphrase"], ["neutral", "entailment", "contradiction"]])
+def test_a_model_with_other_labels_is_refused(tiny_encoder, tmp_path, labels):
+    model = XLFAForSequenceClassification.from_encoder(tiny_encoder, id2label=dict(enumerate(labels)))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        XLFAError, match=f"has the labels {', '.join(labels)}; the task 'xnli' needs entailment, neutral"
+    ):
+        score({"xnli": str(tmp_path)}, "xnli", tmp_path / "out")
+
+
 def test_a_folder_that_is_no_model_another_model_and_another_head_are_refused(models, tiny_encoder, tmp_path):
     for model, message in (
         (str(tmp_path), "holds no trained model"),

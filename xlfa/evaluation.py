@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
 from xlfa.arguments import InferenceArguments, option, parse_arguments
@@ -211,12 +211,27 @@ def load_model(task: Task, name_or_path: str) -> tuple[XLFAPreTrainedModel, PreT
             f"--model {name_or_path} has the head {', '.join(config.architectures or ['none'])}; the task "
             f"{task.name!r} needs {head}"
         )
+    check_labels(task, name_or_path, config)
     try:
         return task.model_class.from_pretrained(name_or_path, config=config), AutoTokenizer.from_pretrained(
             name_or_path
         )
     except (OSError, ValueError) as error:
         raise XLFAError(f"--model {name_or_path}: cannot load it ({error})") from None
+
+
+def check_labels(task: Task, name_or_path: str, config: PretrainedConfig) -> None:
+    """Raise `XLFAError` if the model's labels are not those of a classification task, in their order.
+
+    A model without names for its labels passes if their number is right.
+    """
+    labels = [config.id2label[number] for number in sorted(config.id2label)]
+    unnamed = [f"LABEL_{number}" for number in range(len(task.label_names))]
+    if task.label_names and labels not in (list(task.label_names), unnamed):
+        raise XLFAError(
+            f"--model {name_or_path} has the labels {', '.join(labels)}; the task {task.name!r} needs "
+            f"{', '.join(task.label_names)}, in this order"
+        )
 
 
 def chosen_ids(task: Task, rows: Dataset, arguments: EvaluationArguments) -> list[str]:
