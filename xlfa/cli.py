@@ -11,6 +11,7 @@ EXAMPLES = """examples:
   xlfa train configs/quickstart.yaml --output_dir runs/first
   xlfa eval --model runs/first --task xnli --data_root sample
   xlfa predict --model runs/xquad --input questions.jsonl --output answers.jsonl
+  xlfa push runs/xquad org/xquad-dlfa --revision-tag v1
   xlfa retrieval --model packaged:multilingual-e5-small --languages de ru --output_dir runs/retrieval
   xlfa rankc --model packaged:multilingual-e5-small --dataset local/bmlama17 --data_root … --output_dir runs/rankc
   xlfa backbone packaged:multilingual-e5-small
@@ -53,6 +54,12 @@ def _predict(argv: list[str]) -> None:
     answering_main(argv)
 
 
+def _push(argv: list[str]) -> None:
+    from xlfa.publishing import main as publishing_main
+
+    publishing_main(argv)
+
+
 def _retrieval(argv: list[str]) -> None:
     from xlfa.retrieval import main as retrieval_main
 
@@ -81,6 +88,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "eval": _evaluate,
     "predict": _predict,
+    "push": _push,
     "retrieval": _retrieval,
     "rankc": _rankc,
     "backbone": _backbone,
