@@ -21,26 +21,25 @@ def with_interval(value: float, interval: list[float] | None) -> str:
 
 
 def tagging(task: str, metric: str) -> str:
-    """Both models and their difference, a row a language and mean."""
+    """Both models and their difference, a row a language and mean; `scores.json` has the families too."""
     found = read(task, "compare.json")
     plain, dlfa = (read(task, fusion, "scores.json") for fusion in ("none", "dlfa"))
     rows = []
     for name, row in found["differences"].items():
         cell = row[metric]
-        if cell["difference"] is None:
+        if cell["difference"] is None or name in plain["families"]:
             continue
-        values = [table(scores, name) for scores in (plain, dlfa)]
+        values = [row_of(scores, name) for scores in (plain, dlfa)]
         cells = [with_interval(score[metric], interval[metric]) for score, interval in values]
         p = cell.get("p_adjusted", cell["p"])
         rows.append([name, *cells, with_interval(cell["difference"], cell["interval"]), f"{p:.3f}"])
     return markdown([f"{task}, {metric}", "plain", "DLFA", "DLFA - plain", "p"], rows)
 
 
-def table(scores: dict[str, Any], name: str) -> tuple[dict, dict]:
-    """The scores of a row by name, and their intervals."""
-    for source in ("languages", "families"):
-        if name in scores[source]:
-            return scores[source][name], scores["intervals"][source][name]
+def row_of(scores: dict[str, Any], name: str) -> tuple[dict, dict]:
+    """The scores of a language or a mean, and their intervals."""
+    if name in scores["languages"]:
+        return scores["languages"][name], scores["intervals"]["languages"][name]
     return scores[name], scores["intervals"][name]
 
 
@@ -61,7 +60,7 @@ def pawsx() -> str:
             with_interval(values["majority_rate"], intervals["majority_rate"]),
         ]
         for name in (*scores["languages"], "average")
-        for values, intervals in [table(scores, name)]
+        for values, intervals in [row_of(scores, name)]
     ]
     return markdown(["pawsx", "accuracy", "majority rate"], rows)
 
