@@ -3,7 +3,7 @@
 import copy
 import math
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, __version__
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -144,11 +144,20 @@ class XLFAConfig(PretrainedConfig):
         schema_version=SCHEMA_VERSION,
         **kwargs,
     ):
+        # Before all other fields: a newer checkpoint may have names and values that mean nothing here.
+        self.schema_version = schema_version
+        if not (_is_int(schema_version) and 1 <= schema_version <= SCHEMA_VERSION):
+            self._reject("schema_version", f"1..{SCHEMA_VERSION}; a newer checkpoint needs a newer version of xlfa")
         if text_config is None:
             text_config = AutoConfig.for_model("xlm-roberta")
         elif isinstance(text_config, dict):
             if "model_type" not in text_config:
                 raise ValueError("text_config: the dictionary has no 'model_type', such as 'xlm-roberta'")
+            if text_config["model_type"] not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"text_config: transformers {__version__} has no encoder {text_config['model_type']!r}; a newer "
+                    "version may have it: pip install --upgrade transformers"
+                )
             text_config = AutoConfig.for_model(**text_config)
         else:
             text_config = copy.deepcopy(text_config)
@@ -189,7 +198,6 @@ class XLFAConfig(PretrainedConfig):
         self.classifier_pooling = classifier_pooling
         self.input_length = input_length
         self.input_stride = input_stride
-        self.schema_version = schema_version
 
         kwargs.setdefault("pad_token_id", getattr(text_config, "pad_token_id", None))
         # Written anew on every load: a checkpoint cannot point its classes at other code.
@@ -259,8 +267,6 @@ class XLFAConfig(PretrainedConfig):
             value = getattr(self, field)
             if value is not None and not (_is_int(value) and value >= 0):
                 self._reject(field, "None or an integer >= 0")
-        if not (_is_int(self.schema_version) and 1 <= self.schema_version <= SCHEMA_VERSION):
-            self._reject("schema_version", f"1..{SCHEMA_VERSION}; a newer checkpoint needs a newer version of xlfa")
 
     def _reject(self, field: str, allowed: str) -> None:
         raise ValueError(f"{field}={getattr(self, field)!r} is not allowed: it must be {allowed}")

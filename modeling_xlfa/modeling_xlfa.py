@@ -2,11 +2,13 @@
 
 import inspect
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import CrossEntropyLoss
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import ModelOutput
 
@@ -14,6 +16,11 @@ from .configuration_xlfa import XLFAConfig
 from .fusion_xlfa import ScalarMix, build_fusion
 from .sinkhorn_xlfa import TransportResult
 from .transport_xlfa import alignment_loss
+
+if TYPE_CHECKING:
+    # Never run, but read: from a local folder transformers 4 and 5.0 copy only the files that this one itself names,
+    # and transport_xlfa.py imports this one on a GPU.
+    from .sinkhorn_triton_xlfa import solve_with_triton  # noqa: F401
 
 
 @dataclass
@@ -83,6 +90,8 @@ class XLFAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+    # With device_map: a fusion reads several layers at once. The encoder adds its own layers.
+    _no_split_modules = ["AFF", "DLFA", "ScalarMix"]
     # With loss kwargs Trainer would leave the division by the accumulation steps to the model, and the loss would be
     # that many times too large (transformers issue 47688).
     accepts_loss_kwargs = False
@@ -137,6 +146,16 @@ class XLFAPreTrainedModel(PreTrainedModel):
         model.base_model.encoder.load_state_dict(load_encoder(name_or_path, text_config).state_dict())
         return model
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """transformers' own; a table of `ot_marginals="idf"` keeps in step, and new pieces count as its rarest."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        table = self.base_model.ot_idf
+        if table is not None:
+            new = embeddings.weight.shape[0] - len(table)
+            # A negative number cuts.
+            self.base_model.ot_idf = nn.functional.pad(table, (0, new), value=table.max().item())
+        return embeddings
+
     def combine_losses(self, task_loss: torch.Tensor | None, ot_loss: torch.Tensor | None) -> torch.Tensor | None:
         """task_loss + ot_weight · ot_loss, of the parts that are there."""
         parts = [
@@ -159,6 +178,10 @@ class XLFAModel(XLFAPreTrainedModel):
         if hasattr(self.encoder, "pooler"):
             # Unused: without a gradient it would break distributed training.
             self.encoder.pooler = None
+        if not self.encoder._no_split_modules:
+            # DistilBERT's class names none; within a layer the terms of a sum would land on different devices.
+            layers = (module for module in self.encoder.modules() if isinstance(module, GradientCheckpointingLayer))
+            self.encoder._no_split_modules = sorted({type(layer).__name__ for layer in layers})
         self.fusion = build_fusion(config)
         # A table of weights by piece, saved with the model; training fills it from the parallel text.
         self.register_buffer(
@@ -223,7 +246,7 @@ class XLFAModel(XLFAPreTrainedModel):
                 **{name: value for name, value in optional.items() if value is not None},
             )
             output.last_hidden_state = self._fuse(encoded, attention_mask)
-            output.hidden_states = encoded.hidden_states if output_hidden_states else None
+            output.hidden_states = _layers(encoded) if output_hidden_states else None
             output.attentions = encoded.attentions if output_attentions else None
         if source_input_ids is not None and target_input_ids is not None:
             output.ot_loss, result = self.align(
@@ -297,7 +320,7 @@ class XLFAModel(XLFAPreTrainedModel):
         if layer == "fused":
             states = self._fuse(encoded, attention_mask, update_statistics=False)
         else:
-            states = encoded.hidden_states[layer]
+            states = _layers(encoded)[layer]
         return input_ids, states, attention_mask * (1 - special)
 
     @property
@@ -317,7 +340,7 @@ class XLFAModel(XLFAPreTrainedModel):
     def _fuse(self, encoded: ModelOutput, attention_mask: torch.Tensor, update_statistics: bool = True) -> torch.Tensor:
         if self.fusion is None:
             return encoded.last_hidden_state
-        layers = encoded.hidden_states
+        layers = _layers(encoded)
         if self.config.fusion == "scalar_mix":
             return self.fusion(layers)
         learned = self.config.fusion_layer == "learned"
@@ -509,6 +532,14 @@ def transport_statistics(result: TransportResult, solver: str) -> dict[str, torc
         "epsilon": result.epsilon,
         "not_converged": ~result.converged,
     }
+
+
+def _layers(encoded: ModelOutput) -> tuple[torch.Tensor, ...]:
+    """The encoder's states H_0..H_N, where H_N is its output.
+
+    The ModernBERT of transformers 4 and 5.0 gives H_N without the final norm that its output has.
+    """
+    return (*encoded.hidden_states[:-1], encoded.last_hidden_state)
 
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:

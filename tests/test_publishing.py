@@ -471,7 +471,3 @@ def test_help_explains_the_arguments(capsys):
     output = capsys.readouterr().out
     assert done.value.code == 0 and "HF_TOKEN" in output
     assert all(name in output for name in ("RUN_DIR", "ORG/NAME", "--private", "--revision-tag", "--create-pr"))
-
-
-def test_the_run_file_has_one_name():
-    assert publishing.RUN_FILE == training.RUN_FILE

@@ -62,10 +62,36 @@ class ModelArguments:
     trim_vocab: bool = option(
         "Keep only the vocabulary that the training, parallel and scored texts of the task need.", False
     )
+    peft: str | None = field(
+        default=None,
+        metadata={
+            "help": "lora: train low-rank adapters of the encoder, and fusion and head in full. The run folder gets "
+            "the merged model and, in adapter/, the adapters. They want a larger --learning_rate, such as 3e-4.",
+            "choices": ["lora"],
+        },
+    )
+    lora_r: int | None = option("Rank of the adapters (8).")
+    lora_alpha: int | None = option("Their scale: what they add is multiplied by alpha / r (16).")
+    lora_dropout: float | None = option("Dropout in front of the adapters (0.1).")
+    lora_target_modules: list[str] | None = option(
+        "Names of the encoder's linear layers that get adapters, by default those of PEFT's table (query and value)."
+    )
+
+    def __post_init__(self):
+        given = [name for name, value in vars(self).items() if name.startswith("lora_") and value is not None]
+        if given and self.peft is None:
+            raise ValueError(f"--{given[0]} applies only with --peft lora")
+        for name in ("lora_r", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: at least 1")
+        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout {self.lora_dropout}: a number in [0, 1)")
 
     def config_fields(self) -> dict[str, Any]:
         """The `XLFAConfig` fields that were given."""
-        own = ("model", "encoder_config", "freeze_word_embeddings", "trim_vocab")
+        own = {"model", "encoder_config", "freeze_word_embeddings", "trim_vocab", "peft"}
+        own |= {name for name in vars(self) if name.startswith("lora_")}
         given = {
             name: value for name, value in dataclasses.asdict(self).items() if value is not None and name not in own
         }

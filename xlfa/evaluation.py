@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
+from xlfa.adapters import is_adapter, load_adapter
 from xlfa.arguments import InferenceArguments, option, parse_arguments
 from xlfa.comparison import compare_runs, format_comparison, write_comparison
 from xlfa.data import SAMPLE, sample_clusters
@@ -78,8 +79,12 @@ def main(argv: list[str] | None = None) -> None:
         if state.is_main_process:
             compare(arguments)
         return
-    scores = evaluate_model(arguments)
-    if state.is_main_process:
+    print_scores(arguments, evaluate_model(arguments))
+
+
+def print_scores(arguments: EvaluationArguments, scores: dict[str, Any]) -> None:
+    """The table of the scores and where they lie, from the main process."""
+    if PartialState().is_main_process:
         print(format_table(scores))
         print(f"written to {output_folder(arguments)}")
 
@@ -191,7 +196,7 @@ def output_folder(arguments: EvaluationArguments) -> Path:
 
 
 def load_model(task: Task, name_or_path: str) -> tuple[XLFAPreTrainedModel, PreTrainedTokenizerBase]:
-    """The trained model by the installed class (no remote code runs) and its tokenizer.
+    """The trained model by the installed class (no remote code runs) and its tokenizer; adapters are merged.
 
     Raises:
         XLFAError: for a folder that is no XLFA model, an unknown Hub id, or a model with another head.
@@ -213,9 +218,10 @@ def load_model(task: Task, name_or_path: str) -> tuple[XLFAPreTrainedModel, PreT
         )
     check_labels(task, name_or_path, config)
     try:
-        return task.model_class.from_pretrained(name_or_path, config=config), AutoTokenizer.from_pretrained(
-            name_or_path
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        if is_adapter(name_or_path):
+            return load_adapter(task.model_class, name_or_path).merge_and_unload(), tokenizer
+        return task.model_class.from_pretrained(name_or_path, config=config), tokenizer
     except (OSError, ValueError) as error:
         raise XLFAError(f"--model {name_or_path}: cannot load it ({error})") from None
 

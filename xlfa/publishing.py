@@ -116,13 +116,18 @@ def push(
     """
     check_names(repo_id, revision_tag, create_pr)
     trained = read_run(Path(run_dir))
-    if get_token() is None:
-        raise XLFAError("no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
+    check_token()
     # Beside the run, so that the weights can be linked and need no copy.
     with staging_folder(trained.folder) as folder:
         stage(trained, folder, repo_id, revision_tag or DEFAULT_REVISION)
         with naming_hub_errors(repo_id):
             return upload(folder, repo_id, private, revision_tag, create_pr)
+
+
+def check_token() -> None:
+    """Raise `XLFAError` where huggingface_hub finds no token."""
+    if get_token() is None:
+        raise XLFAError("no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
 
 
 def check_names(repo_id: str, tag: str | None, create_pr: bool) -> None:

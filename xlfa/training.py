@@ -5,36 +5,40 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
+from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_xlfa import XLFAConfig
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
+from xlfa.adapters import ADAPTER_FOLDER, add_adapters, check_same_adapters, plain_model
 from xlfa.arguments import DataArguments, InferenceArguments, ModelArguments, XLFATrainingArguments, parse_arguments
 from xlfa.backbones import resolve_encoder
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError, exit_with_message
+from xlfa.evaluation import EvaluationArguments, evaluate_model, print_scores
 from xlfa.files import write_text
 from xlfa.inference import InferenceOptions
 from xlfa.parallel import SOURCE_LANGUAGE, PairSampler, load_parallel, read_piece_weights
+from xlfa.portable_tokenizer import save_portable_tokenizer
 from xlfa.prediction import predict
+from xlfa.publishing import RUN_FILE, check_names, check_token, push
 from xlfa.tasks import Task, get_task
 from xlfa.vocabulary import trim_vocabulary
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
 DESCRIPTION = "Fine-tune an encoder with feature aggregation and optimal-transport alignment on an English task."
 
 
@@ -96,7 +100,7 @@ class XLFATrainer(Trainer):
         """
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.pair_sampler is not None:
-            encoder = self.accelerator.unwrap_model(self.model).base_model
+            encoder = plain_model(self.accelerator.unwrap_model(self.model)).base_model
             encoder.ot_progress = self.state.global_step / max(1, self.state.max_steps - 1)
             processes, rank = self.accelerator.num_processes, self.accelerator.process_index
             for index, batch in enumerate(batches):
@@ -170,8 +174,19 @@ class XLFATrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
         # A pickle of the arguments, with local paths in it, that nothing reads: run.json holds them.
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        save_portable_tokenizer(self.processing_class, folder)
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel) and self.args.should_save:
+            # PEFT's own files do not say what the adapters are of.
+            model.config.save_pretrained(folder)
+
+    def merge_adapters(self) -> None:
+        """Save the adapters to their own folder, then merge them: the model goes on as a plain one."""
+        self._save(str(Path(self.args.output_dir) / ADAPTER_FOLDER))
+        self.model = self.accelerator.unwrap_model(self.model).merge_and_unload()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -184,7 +199,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
+    published = training_args.push_to_hub
+    if published:
+        check_publishing(training_args)
+        # Trainer would commit every checkpoint; the run is published once, when it is scored.
+        training_args.push_to_hub = False
     train(model_args, data_args, training_args)
+    if published:
+        score_and_publish(data_args, training_args)
 
 
 def train(
@@ -195,7 +217,8 @@ def train(
     Raises:
         XLFAError: for anything about the arguments or data that the user can mend.
     """
-    checkpoint = find_checkpoint(training_args)
+    adapted = model_args.peft is not None
+    checkpoint = find_checkpoint(training_args, ADAPTER_SAFE_WEIGHTS_NAME if adapted else SAFE_WEIGHTS_NAME)
     task = get_task(data_args.task)
     selected_by = training_args.metric_for_best_model
     if selected_by is not None and selected_by.removeprefix("eval_") not in task.metrics:
@@ -233,6 +256,10 @@ def train(
         if model.config.ot_marginals == "idf":
             fill_idf(model.base_model.ot_idf, pair_sampler, data_args.ot_idf_file)
 
+    if adapted:
+        model = add_adapters(model, model_args)
+        if checkpoint is not None:
+            check_same_adapters(checkpoint, model)
     trainer = XLFATrainer(
         model=model,
         args=training_args,
@@ -245,6 +272,8 @@ def train(
         validation_windows=task.windows(validation_rows, tokenizer, data_args.max_length, data_args.doc_stride),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    if adapted:
+        trainer.merge_adapters()
     trainer.save_model()
     trainer.save_state()
     metrics = trainer.latest_validation() or trainer.evaluate()
@@ -254,8 +283,31 @@ def train(
     return metrics
 
 
-def find_checkpoint(training_args: XLFATrainingArguments) -> str | None:
-    """The checkpoint to go on from, None for a new run.
+def check_publishing(training_args: XLFATrainingArguments) -> None:
+    """Raise `XLFAError`, before the training, for what `--push_to_hub` lacks or does not do."""
+    if training_args.hub_model_id is None:
+        raise XLFAError("--push_to_hub needs the name of the repo: --hub_model_id org/name")
+    if training_args.hub_token is not None:
+        raise XLFAError("--hub_token would be seen by others: log in with `hf auth login`, or set HF_TOKEN")
+    defaults = {field.name: field.default for field in fields(XLFATrainingArguments)}
+    for name in ("hub_strategy", "hub_always_push", "hub_revision"):
+        if getattr(training_args, name) != defaults[name]:
+            raise XLFAError(f"--{name} does not apply: the finished run is published, in one commit")
+    check_names(training_args.hub_model_id, tag=None, create_pr=False)
+    check_token()
+
+
+def score_and_publish(data_args: DataArguments, training_args: XLFATrainingArguments) -> None:
+    """Score the trained model in every language of its task, and publish both."""
+    scoring = EvaluationArguments(task=data_args.task, model=training_args.output_dir, data_root=data_args.data_root)
+    print_scores(scoring, evaluate_model(scoring))
+    if training_args.should_save:
+        url = push(training_args.output_dir, training_args.hub_model_id, private=bool(training_args.hub_private_repo))
+        print(f"published: {url}")
+
+
+def find_checkpoint(training_args: XLFATrainingArguments, weights_name: str) -> str | None:
+    """The checkpoint to go on from, with its weights in a file `weights_name`; None for a new run.
 
     Raises:
         XLFAError: if the checkpoint asked for does not exist, or a new run would overwrite an older one.
@@ -272,7 +324,7 @@ def find_checkpoint(training_args: XLFATrainingArguments) -> str | None:
     checkpoint = last if wanted.lower() == "true" else wanted
     if checkpoint is None:
         raise XLFAError(f"--resume_from_checkpoint true: there is no checkpoint in {folder}")
-    needed = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME)
+    needed = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, CONFIG_NAME, weights_name)
     missing = [name for name in needed if not (Path(checkpoint) / name).is_file()]
     if missing:
         raise XLFAError(
