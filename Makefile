@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 THREADS := $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml --num_cpu_threads_per_process $(THREADS)
 
-.PHONY: quickstart test test-full
+.PHONY: quickstart test test-full test-compat
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,3 +29,8 @@ test-full: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[offline,compiled,triton,test]"
 	$(BIN)/python -m pytest -m "full or not full"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/test_sinkhorn_triton.py
+
+# What ships to the Hub, loaded by transformers 4.57, 5.0 and the newest 5.x in environments of their own (2 GB in
+# .compat); writes tests/compat/output.txt.
+test-compat: $(VENV)/.installed
+	PYTHON=$(PYTHON) tests/compat/run.sh
