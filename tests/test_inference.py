@@ -61,9 +61,9 @@ def test_an_error_in_the_thread_reaches_the_caller_and_ends_the_thread():
 def test_what_the_arguments_leave_open_follows_from_the_device(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert has_fast_bf16(CPU)
-    assert InferenceOptions.of(InferenceArguments(), CPU) == InferenceOptions(4096, bf16=True)
+    assert InferenceOptions.of(InferenceArguments(), CPU) == InferenceOptions(2048, bf16=True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    assert InferenceOptions.of(InferenceArguments(), CPU) == InferenceOptions(4096, bf16=False)
+    assert InferenceOptions.of(InferenceArguments(), CPU) == InferenceOptions(2048, bf16=False)
     assert InferenceOptions.of(InferenceArguments(max_tokens_per_batch=7, bf16=True), CPU) == InferenceOptions(7, True)
 
 

@@ -465,6 +465,20 @@ def test_weights_are_linked_and_nothing_is_left_behind(copy, tmp_path, monkeypat
     assert sorted(copy.parent.iterdir()) == before
 
 
+def test_a_dry_run_writes_what_would_be_published_and_pushes_nothing(copy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(publishing, "HfApi", None)
+    monkeypatch.setattr(publishing, "get_token", lambda: None)
+    target = tmp_path / "publication"
+    main(["push", str(copy), "org/model", "--revision-tag", "v1", "--dry-run", str(target)])
+    names = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    assert {"README.md", "model.safetensors", "scores/xnli/scores.json", ".eval_results/xnli.yaml"} <= names
+    assert 'name, revision = "org/model", "v1"' in (target / "README.md").read_text()
+    assert "nothing was pushed" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["push", str(copy), "org/model", "--dry-run", str(target)])
+    assert f"--dry-run {target} exists" in capsys.readouterr().err
+
+
 def test_help_explains_the_arguments(capsys):
     with pytest.raises(SystemExit) as done:
         main(["push", "--help"])

@@ -129,7 +129,7 @@ class InferenceArguments:
     """How a model is run over the inputs."""
 
     max_tokens_per_batch: int | None = option(
-        "Tokens a batch, padding included (4096 on a CPU, 32768 on an accelerator); lower it where memory runs out."
+        "Tokens a batch, padding included (2048 on a CPU, 32768 on an accelerator); lower it where memory runs out."
     )
     bf16: bool | None = option("Matrix products in bfloat16; by default where the machine has them in hardware.")
 

@@ -41,8 +41,8 @@ def building_folder(target: Path) -> Iterator[Path]:
         # mkdtemp and safetensors make private ones; the finished folder and its files get the parent's permissions.
         mode = target.parent.stat().st_mode
         temporary.chmod(mode & 0o777)
-        for path in temporary.iterdir():
-            path.chmod(mode & 0o666)
+        for path in temporary.rglob("*"):
+            path.chmod(mode & (0o777 if path.is_dir() else 0o666))
         try:
             os.rename(temporary, target)
         except OSError:

@@ -24,8 +24,8 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 # The model's inputs among the columns of a data set.
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
-# Padded tokens a batch. On a CPU larger batches leave the caches (benchmarks/scoring.py); an accelerator wants many.
-TOKENS_ON_CPU, TOKENS_ELSEWHERE = 4096, 32768
+# Padded tokens a batch. On a CPU more are no faster, and a batch has more padding; an accelerator wants many.
+TOKENS_ON_CPU, TOKENS_ELSEWHERE = 2048, 32768
 # What is kept of a batch: a tensor with a row for each input, or a tensor for each input.
 Reading = torch.Tensor | Sequence[torch.Tensor]
 
@@ -120,7 +120,6 @@ def infer(
     model.eval()
     found: list[tuple[list[int], Reading]] = []
     bar = tqdm(total=len(mine), desc=description, disable=not state.is_main_process, leave=False)
-    # One autocast region around all batches: it casts the weights once.
     with bar, torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16):
         for positions, padded, rows in prefetched(collate, mine, ahead=2):
             padded = padded.to(model.device)

@@ -38,6 +38,7 @@ from modeling_xlfa import XLFAConfig
 from modeling_xlfa.configuration_xlfa import AUTO_MAP
 from xlfa.card import TrainedRun, eval_result_entries, looks_local, render_card, score_table
 from xlfa.errors import XLFAError
+from xlfa.files import building_folder
 from xlfa.scores import SCHEMA_VERSION, SCORES_FILE
 from xlfa.tasks import TASKS
 
@@ -79,7 +80,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", help="create it as a private one")
     parser.add_argument("--revision-tag", "--revision_tag", metavar="TAG", help="tag of the commit, such as v1")
     parser.add_argument("--create-pr", "--create_pr", action="store_true", help="open a pull request instead")
+    parser.add_argument(
+        "--dry-run", "--dry_run", metavar="FOLDER", help="write what would be published to a new folder, push nothing"
+    )
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if arguments.dry_run is not None:
+        write_publication(arguments.run_dir, arguments.repo_id, arguments.revision_tag, Path(arguments.dry_run))
+        print(f"written to {arguments.dry_run}; nothing was pushed")
+        return
     url = push(
         arguments.run_dir,
         arguments.repo_id,
@@ -122,6 +130,19 @@ def push(
         stage(trained, folder, repo_id, revision_tag or DEFAULT_REVISION)
         with naming_hub_errors(repo_id):
             return upload(folder, repo_id, private, revision_tag, create_pr)
+
+
+def write_publication(run_dir: str | os.PathLike, repo_id: str, revision_tag: str | None, folder: Path) -> None:
+    """Write what `push` would publish to a folder that does not exist yet.
+
+    Raises:
+        XLFAError: as `push`, but for the Hub; if the folder exists.
+    """
+    check_names(repo_id, revision_tag, create_pr=False)
+    if folder.exists():
+        raise XLFAError(f"--dry-run {folder} exists: name a new folder")
+    with building_folder(folder) as temporary:
+        stage(read_run(Path(run_dir)), temporary, repo_id, revision_tag or DEFAULT_REVISION)
 
 
 def check_token() -> None:
