@@ -9,9 +9,8 @@ datasets, but for the last one of ours, "warm". One language of each side is run
 
 That both sides predict the same is checked too: in float32 at least 99 % of the predictions must be equal, or else the
 exit status is 1. In bfloat16 near ties may flip, and that share is only reported. Differences in XQuAD that remain have
-known causes: the scripts compare sums of raw logits across windows, where ours compares log probabilities inside each
-window, and their n-best search sees the 20 best starts and ends alone, wherever these lie. An untrained head's best
-ones often lie outside the context or make no span, and the check fails: give a trained model for xquad.
+a known cause: the scripts' n-best search sees the 20 best starts and ends alone, wherever these lie. An untrained
+head's best ones often lie outside the context or make no span, and the check fails: give a trained model for xquad.
 """
 
 import argparse

@@ -152,10 +152,9 @@ def test_the_best_span_is_that_of_a_search_over_all_spans(max_length, seed):
     outside = torch.rand(6, 17, generator=generator) < 0.4
     outside[:, 8] = False
     scores, starts, ends = best_spans(start, end, outside, max_length)
-    start_scores, end_scores = start.log_softmax(-1), end.log_softmax(-1)
     for row in range(6):
         spans = [
-            (float(start_scores[row, first] + end_scores[row, last]), first, last)
+            (float(start[row, first] + end[row, last]), first, last)
             for first in range(17)
             for last in range(first, min(17, first + max_length))
             if not outside[row, first] and not outside[row, last]
@@ -170,7 +169,7 @@ def test_no_span_is_found_in_the_question_or_behind_the_context(tokenizer):
     outputs = logits_at(windows, [None])
     for logits in (outputs.start_logits, outputs.end_logits):
         logits[0, : windows[0]["context_start"]] = logits[0, -1] = 30.0
-    ((_, start, end),) = read(outputs, windows)
+    ((_, _, start, end),) = read(outputs, windows)
     assert 0 <= start <= end < windows[0]["context_length"]
 
 
@@ -182,6 +181,19 @@ def test_the_window_that_is_surest_gives_the_answer(tokenizer):
     assert None in spans
     (prediction,) = TASK.predictions(rows, ["q"], windows, read(logits_at(windows, spans), windows))
     assert prediction == Prediction("q", "word50", ["word50"], pytest.approx(1.0, abs=1e-3))
+
+
+def test_windows_are_compared_by_the_sum_of_logits_as_in_the_field(tokenizer):
+    rows = question_rows(CONTEXT, [("word0", 0)])
+    windows = TASK.windows(rows, tokenizer, MAX_LENGTH, STRIDE)
+    outputs = logits_at(windows, [(0, 4)] * len(windows), peak=5.0)
+    # The second window is less sure of its span, since other tokens are high too, and has the higher sum.
+    for logits in (outputs.start_logits, outputs.end_logits):
+        logits[1] += 4.0
+        logits[1, 0] += 5.0
+    (prediction,) = TASK.predictions(rows, ["q"], windows, read(outputs, windows))
+    span = slice(windows[1]["first_characters"][0], windows[1]["past_characters"][4])
+    assert prediction.prediction == CONTEXT[span].strip() and prediction.score < math.exp(read(outputs, windows)[0][1])
 
 
 def test_the_score_is_the_probability_of_start_and_end(tokenizer):

@@ -139,7 +139,10 @@ class QuestionAnsweringTask(Task):
         return features
 
     def read_outputs(self, outputs: ModelOutput, inputs: BatchEncoding, columns: dict[str, list[int]]) -> torch.Tensor:
-        """Of each window's best span: log probability inside the window, first and last token of the context, B x 3."""
+        """Each window's best span: sum of its logits, log probability inside the window, first and last token, B x 4.
+
+        Tokens are counted from the first one of the context.
+        """
         device = outputs.start_logits.device
         first, count = (torch.tensor(columns[name], device=device).unsqueeze(1) for name in self.read_columns)
         positions = torch.arange(outputs.start_logits.shape[1], device=device)
@@ -149,8 +152,9 @@ class QuestionAnsweringTask(Task):
         start_logits = outputs.start_logits.float().masked_fill(padding, -torch.inf)
         end_logits = outputs.end_logits.float().masked_fill(padding, -torch.inf)
         scores, starts, ends = best_spans(start_logits, end_logits, outside)
+        log_probabilities = scores - start_logits.logsumexp(-1) - end_logits.logsumexp(-1)
         first = first.squeeze(1)
-        return torch.stack([scores, (starts - first).float(), (ends - first).float()], dim=-1)
+        return torch.stack([scores, log_probabilities, (starts - first).float(), (ends - first).float()], dim=-1)
 
     def predictions(
         self, rows: Dataset, ids: list[str], windows: Dataset, readings: list[np.ndarray]
@@ -177,7 +181,7 @@ class QuestionAnsweringTask(Task):
 
 
 def find_answers(contexts: list[str], windows: Dataset, readings: list[np.ndarray]) -> list[Answer]:
-    """The answer of each context's surest window.
+    """The answer of each context: of its windows' best spans, the one with the highest sum of logits, as in the field.
 
     Args:
         windows: of `QuestionAnsweringTask.encode`, at least one a context.
@@ -191,11 +195,11 @@ def find_answers(contexts: list[str], windows: Dataset, readings: list[np.ndarra
     spans = windows.select_columns(["first_characters", "past_characters"]).select(chosen).with_format("numpy")
     answers = []
     for context, index, span in zip(contexts, chosen, spans, strict=True):
-        score, first, last = readings[index].tolist()
+        _, log_probability, first, last = readings[index].tolist()
         start, end = int(span["first_characters"][int(first)]), int(span["past_characters"][int(last)])
         text = context[start:end]
         start += len(text) - len(text.lstrip())
-        answers.append(Answer(text.strip(), start, start + len(text.strip()), math.exp(score)))
+        answers.append(Answer(text.strip(), start, start + len(text.strip()), math.exp(log_probability)))
     return answers
 
 
@@ -226,12 +230,10 @@ def best_spans(
         max_length: longest span in tokens.
 
     Returns:
-        Log probability, first and last token, each B. The probability is over all tokens of the window, so that windows
-        whose answer lies elsewhere, and point at their first token, compare low.
+        Sum of the two logits, first and last token, each B.
     """
     length = start_logits.shape[1]
-    start_scores = start_logits.log_softmax(-1).masked_fill(outside, -torch.inf)
-    end_scores = end_logits.log_softmax(-1).masked_fill(outside, -torch.inf)
+    start_scores, end_scores = (logits.masked_fill(outside, -torch.inf) for logits in (start_logits, end_logits))
     # Row d holds the spans of d + 1 tokens: B x max_length x T instead of B x T x T.
     padded = torch.nn.functional.pad(end_scores, (0, max_length - 1), value=-torch.inf)
     spans = start_scores.unsqueeze(1) + padded.unfold(1, length, 1)
