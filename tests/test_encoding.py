@@ -6,6 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from xlfa.encoding import encode_rows, task_digest, tokenizer_digest
+from xlfa.errors import XLFAError
 from xlfa.tasks import get_task
 from xlfa.tasks.sequence_classification import SequenceClassificationTask
 
@@ -53,6 +54,13 @@ def test_another_vocabulary_is_another_tokenizer(tiny_encoder, tokenizer):
     other = AutoTokenizer.from_pretrained(tiny_encoder)
     other.add_tokens(["word"])
     assert tokenizer_digest(other) != tokenizer_digest(tokenizer)
+
+
+def test_a_tokenizer_in_python_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    tokenizer_digest.cache_clear()
+    with pytest.raises(XLFAError, match="is one in Python; XLFA needs a fast"):
+        TASK.windows(TASK.load_test("de", "sample"), tokenizer, 64, 0)
 
 
 def test_tasks_of_one_class_differ_by_their_fields():

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from xlfa.errors import XLFAError
+
 if TYPE_CHECKING:
     from xlfa.tasks import Task
 
@@ -45,7 +47,16 @@ def task_digest(task: "Task") -> str:
 
 @functools.lru_cache(maxsize=1)
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes with the vocabulary, the settings and the version of a tokenizer, not with earlier calls of it."""
+    """Changes with the vocabulary, the settings and the version of a tokenizer, not with earlier calls of it.
+
+    Raises:
+        XLFAError: for a tokenizer in Python, which knows no offsets and no words.
+    """
+    if not tokenizer.is_fast:
+        raise XLFAError(
+            f"the tokenizer {type(tokenizer).__name__} of {tokenizer.name_or_path} is one in Python; XLFA needs a fast "
+            "one (a tokenizer.json beside the model)"
+        )
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     # What the last call asked for.
     del state["truncation"], state["padding"]

@@ -89,8 +89,12 @@ def retrieval_by_language() -> str:
 
 
 def rankc() -> str:
-    """Mean RankC of each language with the others."""
-    found = {title: read("rankc", folder, "rankc.json") for folder, title in MODELS.items()}
+    """Mean RankC of each language with the others, of the models that were scored."""
+    found = {
+        title: read("rankc", folder, "rankc.json")
+        for folder, title in MODELS.items()
+        if (HERE / "rankc" / folder / "rankc.json").is_file()
+    }
     rows = []
     for code in next(iter(found.values()))["matrix"]:
         cells = []
