@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xlfa.arguments import InferenceArguments, option, parse_arguments
 from xlfa.errors import XLFAError
-from xlfa.evaluation import first_given, load_model
+from xlfa.evaluation import input_lengths, load_model
 from xlfa.files import replacing
 from xlfa.inference import InferenceOptions, infer
 from xlfa.tasks import get_task
@@ -85,8 +85,7 @@ def answer_rows(
     arguments: AnsweringArguments,
 ) -> Iterator[tuple[dict[str, Any], Answer]]:
     """Each row, with its `question` and `context`, and its answer, in order; `CHUNK` rows are in memory at a time."""
-    max_length = first_given(arguments.max_length, model.config.input_length, TASK.defaults.max_length)
-    doc_stride = first_given(arguments.doc_stride, model.config.input_stride, TASK.defaults.doc_stride)
+    max_length, doc_stride = input_lengths(arguments.max_length, arguments.doc_stride, model.config, TASK)
     options = InferenceOptions.of(arguments, model.device)
     rows = iter(rows)
     with tqdm(desc="questions", disable=arguments.input is None) as bar:

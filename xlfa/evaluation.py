@@ -14,6 +14,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from modeling_xlfa import XLFAConfig
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
 from xlfa.adapters import is_adapter, load_adapter
 from xlfa.arguments import InferenceArguments, option, parse_arguments
@@ -111,8 +112,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
     model, tokenizer = load_model(task, arguments.model)
     state = PartialState()
     model.to(state.device)
-    max_length = first_given(arguments.max_length, model.config.input_length, task.defaults.max_length)
-    doc_stride = first_given(arguments.doc_stride, model.config.input_stride, task.defaults.doc_stride)
+    max_length, doc_stride = input_lengths(arguments.max_length, arguments.doc_stride, model.config, task)
 
     options = InferenceOptions.of(arguments, model.device)
     shared_ids: list[str] | None = None
@@ -182,9 +182,12 @@ def kept_predictions(
     return broadcast_object_list(kept)[0]
 
 
-def first_given(*values: int | None) -> int:
-    """The first value that is not None."""
-    return next(value for value in values if value is not None)
+def input_lengths(max_length: int | None, doc_stride: int | None, config: XLFAConfig, task: Task) -> tuple[int, int]:
+    """`--max_length` and `--doc_stride`; what is not given is as in training, or else the task's."""
+    lengths = (max_length, config.input_length, task.defaults.max_length)
+    strides = (doc_stride, config.input_stride, task.defaults.doc_stride)
+    longest, stride = (next(value for value in values if value is not None) for values in (lengths, strides))
+    return longest, stride
 
 
 def output_folder(arguments: EvaluationArguments) -> Path:

@@ -12,7 +12,13 @@ LOADING_OPTIONS = ("is_local", "local_files_only")
 
 
 def save_portable_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Save a tokenizer so that every version loads it and returns the same from a text.
+    """Save a tokenizer so that every version loads it and returns the same from a text."""
+    tokenizer.save_pretrained(folder)
+    make_portable(tokenizer, folder)
+
+
+def make_portable(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Rewrite the settings of a tokenizer that was saved in `folder`, so that every version reads them.
 
     What `save_pretrained` writes into `tokenizer_config.json` is changed where only its own version reads it:
 
@@ -24,7 +30,6 @@ def save_portable_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Pa
       custom model as `TokenizersBackend`, which returns no `token_type_ids`, so that a BERT would see one segment;
       version 4's `PreTrainedTokenizerFast` returns them to encoders that take none.
     """
-    tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     options = json.loads(path.read_text("utf-8"))
     if options["tokenizer_class"] == "TokenizersBackend":

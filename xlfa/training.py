@@ -31,7 +31,7 @@ from xlfa.evaluation import EvaluationArguments, evaluate_model, print_scores
 from xlfa.files import write_text
 from xlfa.inference import InferenceOptions
 from xlfa.parallel import SOURCE_LANGUAGE, PairSampler, load_parallel, read_piece_weights
-from xlfa.portable_tokenizer import save_portable_tokenizer
+from xlfa.portable_tokenizer import make_portable
 from xlfa.prediction import predict
 from xlfa.publishing import RUN_FILE, check_names, check_token, push
 from xlfa.tasks import Task, get_task
@@ -177,7 +177,7 @@ class XLFATrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         # A pickle of the arguments, with local paths in it, that nothing reads: run.json holds them.
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        save_portable_tokenizer(self.processing_class, folder)
+        make_portable(self.processing_class, folder)
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel) and self.args.should_save:
             # PEFT's own files do not say what the adapters are of.
