@@ -15,10 +15,8 @@ head's best ones often lie outside the context or make no span, and the check fa
 
 import argparse
 import gc
-import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +31,7 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from machine import bfloat16_instructions, describe_commit, describe_processor
 from scoring_peers import BATCH_SIZE, N_BEST, Scored, score_languages
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -324,23 +323,15 @@ peers: batches of {BATCH_SIZE}, padded to the longest length, float32, {N_BEST} 
 
 def header(options: argparse.Namespace, argv: list[str]) -> list[str]:
     """What the figures depend on, apart from the tables' own columns."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":")[1].split()}
-    bf16 = sorted(flags & {"amx_bf16", "avx512_bf16", "bf16"})
-    machine = f"{(names or ['unknown processor'])[0]}, {os.cpu_count()} cores"
+    machine = describe_processor()
     if torch.cuda.is_available():
         machine += f"; {torch.cuda.get_device_name()}, bfloat16: {torch.cuda.is_bf16_supported()}"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     return [
         f"date: {datetime.now(UTC).isoformat(timespec='seconds')}",
-        f"machine: {machine}; bfloat16 in the processor: {', '.join(bf16) or 'none'}",
+        f"machine: {machine}; bfloat16 in the processor: {', '.join(bfloat16_instructions()) or 'none'}",
         f"threads: {describe_threads()}; device: {PartialState().device}",
         "versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()),
-        f"commit: {commit.stdout.strip() or 'not a git checkout'}",
+        f"commit: {describe_commit()}",
         f"command: {shlex.join([Path(sys.executable).name, 'benchmarks/scoring.py', *argv])}",
         f"seed: {options.seed}; at most {options.max_examples} examples a language, whole premises or paragraphs",
     ]

@@ -2,16 +2,15 @@
 
 import argparse
 import importlib.metadata
-import os
 import shlex
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from machine import describe_commit, describe_processor
 from transport_cases import SETTINGS
 from transport_peers import END_TO_END, SOLVE, SOLVERS
 
@@ -164,18 +163,12 @@ def _target_line(verdict: str, row: Row, wanted: str, measured: str) -> str:
 
 def header(options: argparse.Namespace) -> dict[str, str]:
     """What the figures depend on, apart from the rows' own columns."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1] for line in lines if line.startswith("model name")]
     versions = []
     for package in VERSIONS:
         try:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{package} not installed")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     gpu = f"; {torch.cuda.get_device_name()}" if options.device == "cuda" else ""
     sizes = [
         f"{name}: B {SETTINGS[name].pairs}, {SETTINGS[name].tokens} tokens, d {SETTINGS[name].width}"
@@ -183,10 +176,10 @@ def header(options: argparse.Namespace) -> dict[str, str]:
     ]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{(names or ['unknown processor'])[0].strip()}, {os.cpu_count()} cores{gpu}",
+        "machine": f"{describe_processor()}{gpu}",
         "threads": f"{torch.get_num_threads()}",
         "versions": ", ".join(versions),
-        "commit": commit.stdout.strip() or "not a git checkout",
+        "commit": describe_commit(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "settings": "; ".join(sizes),
         "stopping": f"marginal L1 error {options.tol:g}, float32",
