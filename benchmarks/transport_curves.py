@@ -34,7 +34,7 @@ def encoder_batch() -> Batch:
     folder = resolve_encoder(ENCODER)
     tokenizer, encoder = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     pairs = PairSampler.from_texts(load_parallel("local/parallel", [LANGUAGE], "sample"), tokenizer, 128, SEED)
-    inputs = pairs.batch(step=0, first=0, count=PAIRS)
+    inputs = pairs.batch(step=0, positions=range(PAIRS))
     sides = []
     for side in ("source", "target"):
         ids, attention, special = (

@@ -29,7 +29,7 @@ from xlfa.errors import XLFAError
 from xlfa.evaluation import EvaluationArguments, evaluate_model
 from xlfa.parallel import PairSampler
 from xlfa.tasks import get_task
-from xlfa.training import XLFATrainer
+from xlfa.trainer import XLFATrainer
 
 HEADS = {
     XLFAForQuestionAnswering: "qa_outputs",

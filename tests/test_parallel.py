@@ -100,21 +100,22 @@ def test_a_filter_that_leaves_nothing_is_refused(data_root):
 
 
 def test_a_draw_depends_on_seed_and_step_alone(sampler):
-    first = sampler.draw(3, 0, 20)
-    sampler.draw(9, 0, 5)
-    assert sampler.draw(3, 0, 20) == first
-    assert PairSampler(sampler.pairs, sampler.tokenizer, 7).draw(3, 0, 20) == first
-    assert sampler.draw(4, 0, 20) != first
-    assert PairSampler(sampler.pairs, sampler.tokenizer, 8).draw(3, 0, 20) != first
+    first = sampler.draw(3, range(20))
+    sampler.draw(9, range(5))
+    assert sampler.draw(3, range(20)) == first
+    assert PairSampler(sampler.pairs, sampler.tokenizer, 7).draw(3, range(20)) == first
+    assert sampler.draw(4, range(20)) != first
+    assert PairSampler(sampler.pairs, sampler.tokenizer, 8).draw(3, range(20)) != first
 
 
-@pytest.mark.parametrize(("first", "count"), [(0, 1), (0, 16), (16, 16), (5, 3), (31, 1)])
-def test_the_positions_of_a_process_are_a_slice_of_the_whole_draw(sampler, first, count):
-    assert sampler.draw(2, first, count) == sampler.draw(2, 0, 32)[first : first + count]
+@pytest.mark.parametrize("positions", [[0], range(16), range(16, 32), range(1, 32, 2), [31]])
+def test_the_positions_of_a_process_are_a_part_of_the_whole_draw(sampler, positions):
+    whole = sampler.draw(2, range(32))
+    assert sampler.draw(2, positions) == [whole[position] for position in positions]
 
 
 def test_languages_are_drawn_alike_however_many_pairs_they_have(sampler, tokenizer):
-    drawn = [tokenizer.decode(target).replace(" ", "")[5:7] for _, target in sampler.draw(0, 0, 4000)]
+    drawn = [tokenizer.decode(target).replace(" ", "")[5:7] for _, target in sampler.draw(0, range(4000))]
     counts = Counter(drawn)
     assert set(counts) == set(LANGUAGES)
     # 1000 each; the standard deviation is 27.
@@ -122,7 +123,7 @@ def test_languages_are_drawn_alike_however_many_pairs_they_have(sampler, tokeniz
 
 
 def test_every_pair_of_a_language_can_be_drawn(sampler):
-    drawn = {tuple(target) for step in range(50) for _, target in sampler.draw(step, 0, 64)}
+    drawn = {tuple(target) for step in range(50) for _, target in sampler.draw(step, range(64))}
     assert len(drawn) == sum(len(pairs) for pairs in sampler.pairs.values())
 
 
@@ -140,7 +141,7 @@ def test_a_language_whose_pairs_are_all_too_long_is_named(tokenizer):
 
 
 def test_a_batch_holds_the_drawn_pairs(sampler):
-    batch, drawn = sampler.batch(5, 2, 6), sampler.draw(5, 2, 6)
+    batch, drawn = sampler.batch(5, range(2, 8)), sampler.draw(5, range(2, 8))
     for side, name in enumerate(("source", "target")):
         ids, mask = batch[f"{name}_input_ids"], batch[f"{name}_attention_mask"].bool()
         assert [row[keep].tolist() for row, keep in zip(ids, mask)] == [pair[side] for pair in drawn]
@@ -148,7 +149,7 @@ def test_a_batch_holds_the_drawn_pairs(sampler):
 
 def test_special_tokens_and_padding_are_marked_and_nothing_else(tokenizer):
     sampler = PairSampler.from_texts({"de": [("ab", "abcd"), ("abc", "a")]}, tokenizer, max_length=8, seed=0)
-    batch = sampler.batch(0, 0, 16)
+    batch = sampler.batch(0, range(16))
     for name in ("source", "target"):
         ids = batch[f"{name}_input_ids"]
         special = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id])
@@ -159,7 +160,7 @@ def test_special_tokens_and_padding_are_marked_and_nothing_else(tokenizer):
 
 def test_an_unknown_piece_is_a_token_of_its_sentence(tokenizer):
     sampler = PairSampler.from_texts({"de": [("aü", "ü")]}, tokenizer, max_length=8, seed=0)
-    batch = sampler.batch(0, 0, 1)
+    batch = sampler.batch(0, range(1))
     assert batch["target_input_ids"][0, 1] == tokenizer.unk_token_id
     assert batch["target_special_tokens_mask"].tolist() == [[1, 0, 1]]
     assert batch["source_special_tokens_mask"].tolist() == [[1, 0, 0, 1]]

@@ -16,7 +16,8 @@ from xlfa.arguments import XLFATrainingArguments
 from xlfa.errors import XLFAError
 from xlfa.parallel import PairSampler
 from xlfa.tasks import get_task
-from xlfa.training import RUN_FILE, XLFATrainer, main
+from xlfa.trainer import XLFATrainer
+from xlfa.training import RUN_FILE, main
 
 TEXTS = ["the cat sat", "a dog ran far", "it rains", "we read books", "birds can fly", "he is late", "no", "see you"]
 
@@ -28,7 +29,7 @@ class Gradients(TrainerCallback):
         self.found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def gradient_of_one_step(encoder, folder, batch_size, accumulation, norm):
+def gradient_of_one_step(encoder, folder, batch_size, accumulation, norm, max_tokens=None):
     """Of eight examples and eight pairs, in float64 without dropout."""
     torch.manual_seed(0)
     model = XLFAForSequenceClassification.from_encoder(
@@ -46,9 +47,10 @@ def gradient_of_one_step(encoder, folder, batch_size, accumulation, norm):
     trainer = XLFATrainer(
         model=model,
         args=XLFATrainingArguments(
-            output_dir=str(folder / f"{norm}-{accumulation}"),
+            output_dir=str(folder / f"{norm}-{accumulation}-{max_tokens}"),
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
+            max_tokens_per_batch=max_tokens,
             max_steps=1,
             max_grad_norm=0.0,
             eval_strategy="no",
@@ -69,9 +71,12 @@ def gradient_of_one_step(encoder, folder, batch_size, accumulation, norm):
 
 
 @pytest.mark.parametrize("norm", ["none", "layer"])
-def test_accumulation_1_and_4_give_the_same_gradient(tiny_encoder, tmp_path, norm):
+@pytest.mark.parametrize(("batch_size", "accumulation", "max_tokens"), [(2, 4, None), (8, 1, 32), (3, 3, 20)])
+def test_a_step_in_parts_has_the_gradient_of_the_whole(
+    tiny_encoder, tmp_path, norm, batch_size, accumulation, max_tokens
+):
     whole = gradient_of_one_step(tiny_encoder, tmp_path, 8, 1, norm)
-    parts = gradient_of_one_step(tiny_encoder, tmp_path, 2, 4, norm)
+    parts = gradient_of_one_step(tiny_encoder, tmp_path, batch_size, accumulation, norm, max_tokens)
     assert whole.keys() == parts.keys()
     assert sum(gradient.abs().sum() for gradient in whole.values()) > 0
     # The transport plan has converged to ot_tol only: it is the same plan in both layouts, but for rounding.
@@ -229,6 +234,14 @@ def test_an_earlier_run_is_not_overwritten(tiny_encoder, finished_run):
         (["--ot_idf_file", "idf.json"], "--ot_idf_file idf.json is read only with"),
         (["--ot_marginals", "idf", "--ot_idf_file", "/nowhere.json"], "--ot_idf_file /nowhere.json: No such file"),
         (["--no_such_flag", "1"], "unknown argument --no_such_flag"),
+        (["--max_tokens_per_batch", "0"], "--max_tokens_per_batch 0: at least 1"),
+        (["--max_tokens_per_batch", "64"], "batch norm needs the whole batch at once"),
+        (
+            ["--max_tokens_per_batch", "64", "--fusion", "none", "--ot_center", "true"],
+            "--ot_center takes means over the whole batch",
+        ),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor does not apply"),
+        (["--train_sampling_strategy", "batch_rebalance"], "it must be random, group_by_length or sequential"),
     ],
 )
 def test_bad_input_gives_one_error_that_names_it(tiny_encoder, tmp_path, flags, message):

@@ -147,12 +147,20 @@ class XLFATrainingArguments(TrainingArguments):
     save_total_limit: int | None = option("Checkpoints that are kept.", 2)
     per_device_eval_batch_size: int = option("Not used: the validation is batched by tokens, as all scoring is.", 8)
     logging_steps: float = option("Steps between two lines of the log.", 50)
-    report_to: None | str | list[str] = option("Trackers, such as tensorboard or wandb.", "none")
+    report_to: None | str | list[str] = option("Trackers: tensorboard, trackio, wandb, …", "none")
+    max_tokens_per_batch: int | None = option(
+        "Run a batch in parts of at most that many tokens, padding included, each of examples of similar length: less "
+        "padding and memory at the same loss."
+    )
 
     def __post_init__(self):
         # transformers refuses --bf16 on a machine without an accelerator unless it is told that there is none.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(f"--max_tokens_per_batch {self.max_tokens_per_batch}: at least 1")
+        if self.label_smoothing_factor:
+            raise ValueError("--label_smoothing_factor does not apply: the heads compute their own losses")
 
 
 class _Parser(HfArgumentParser):

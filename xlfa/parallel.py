@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,10 +133,10 @@ class PairSampler:
         frequencies = np.bincount(occurring, minlength=vocab_size)
         return torch.from_numpy(np.log((1 + len(sentences)) / (1 + frequencies)) + 1).float()
 
-    def draw(self, step: int, first: int, count: int) -> list[tuple[list[int], list[int]]]:
-        """Pairs `first` to `first + count` of the step's draw."""
+    def draw(self, step: int, positions: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+        """The pairs at some positions of the step's draw."""
         generator = np.random.Generator(np.random.Philox(key=[self.seed, step]))
-        uniform = generator.random((first + count, 2))[first:]
+        uniform = generator.random((max(positions) + 1, 2))[list(positions)]
         languages = list(self.pairs)
         drawn = []
         for language_draw, pair_draw in uniform:
@@ -143,12 +144,12 @@ class PairSampler:
             drawn.append(candidates[int(pair_draw * len(candidates))])
         return drawn
 
-    def batch(self, step: int, first: int, count: int) -> dict[str, torch.Tensor]:
+    def batch(self, step: int, positions: Sequence[int]) -> dict[str, torch.Tensor]:
         """The same pairs as model inputs: ids, attention mask and special-token mask of both sides."""
         # An unknown piece is a token of the sentence like the others.
         special = torch.tensor(sorted(set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}))
         inputs = {}
-        for side, sentences in zip(("source", "target"), zip(*self.draw(step, first, count))):
+        for side, sentences in zip(("source", "target"), zip(*self.draw(step, positions))):
             padded = self.tokenizer.pad({"input_ids": list(sentences)}, return_tensors="pt")
             inputs[f"{side}_input_ids"] = padded["input_ids"]
             inputs[f"{side}_attention_mask"] = padded["attention_mask"]

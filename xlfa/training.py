@@ -1,4 +1,4 @@
-"""Training: transformers' Trainer with parallel pairs in every step and the parts of the loss in the log."""
+"""Training one model, from the command line to the saved run folder."""
 
 import json
 import logging
@@ -12,181 +12,27 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from peft import PeftModel
-from torch.utils.data import Sampler
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
 
-from modeling_xlfa import XLFAConfig
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
-from xlfa.adapters import ADAPTER_FOLDER, add_adapters, check_same_adapters, plain_model
-from xlfa.arguments import DataArguments, InferenceArguments, ModelArguments, XLFATrainingArguments, parse_arguments
+from xlfa.adapters import add_adapters, check_same_adapters
+from xlfa.arguments import DataArguments, ModelArguments, XLFATrainingArguments, parse_arguments
 from xlfa.backbones import resolve_encoder
+from xlfa.checkpoints import check_same_model, find_checkpoint
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError, exit_with_message
 from xlfa.evaluation import EvaluationArguments, evaluate_model, print_scores
 from xlfa.files import write_text
-from xlfa.inference import InferenceOptions
 from xlfa.parallel import SOURCE_LANGUAGE, PairSampler, load_parallel, read_piece_weights
-from xlfa.portable_tokenizer import make_portable
-from xlfa.prediction import predict
 from xlfa.publishing import RUN_FILE, check_names, check_token, push
 from xlfa.tasks import Task, get_task
+from xlfa.trainer import XLFATrainer
 from xlfa.vocabulary import trim_vocabulary
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Fine-tune an encoder with feature aggregation and optimal-transport alignment on an English task."
-
-
-class EpochSeededSampler(Sampler):
-    """A length-grouped order that is a function of seed and epoch.
-
-    transformers draws it from the global generator: a run resumed in a later epoch would see another order than the
-    unbroken one, and processes could see different ones.
-    """
-
-    def __init__(self, sampler: LengthGroupedSampler, seed: int):
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """accelerate's data loader calls this before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[int]:
-        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(self.sampler)
-
-
-class XLFATrainer(Trainer):
-    """Trainer that adds parallel pairs to every batch, logs the parts of the loss and validates on English.
-
-    Args:
-        task: gives predictions and scores of the validation rows.
-        pair_sampler: None without the alignment term.
-        validation_rows: English examples, scored by `evaluate`.
-        validation_windows: of these rows.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        task: Task,
-        pair_sampler: PairSampler | None,
-        validation_rows: Dataset,
-        validation_windows: Dataset,
-        **kwargs: Any,
-    ):
-        super().__init__(*args, eval_dataset=validation_rows, **kwargs)
-        self.task = task
-        self.pair_sampler = pair_sampler
-        self.validation_rows, self.validation_windows = validation_rows, validation_windows
-        self._part_sums: dict[str, torch.Tensor] = {}
-        self._part_counts: dict[str, int] = {}
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor | int | None]:
-        """The batches of one optimizer step, each with as many parallel pairs as it has task examples.
-
-        The pairs are positions of the step's draw, laid out so that the same global batch holds the same pairs at any
-        number of processes.
-        """
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.pair_sampler is not None:
-            encoder = plain_model(self.accelerator.unwrap_model(self.model)).base_model
-            encoder.ot_progress = self.state.global_step / max(1, self.state.max_steps - 1)
-            processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-            for index, batch in enumerate(batches):
-                size = len(batch["input_ids"])
-                first = (index * processes + rank) * self.args.train_batch_size
-                batch.update(self.pair_sampler.batch(self.state.global_step, first, size))
-        return batches, count
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
-        sampler = super()._get_train_sampler(train_dataset)
-        return EpochSeededSampler(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        self._add_part("task_loss", outputs.task_loss)
-        if outputs.ot_loss is not None:
-            self._add_part("ot_loss", outputs.ot_loss)
-            for name, values in outputs.ot_statistics.items():
-                self._add_part(f"ot_{name}", values.float())
-        return (loss, outputs) if return_outputs else loss
-
-    def _add_part(self, name: str, value: torch.Tensor) -> None:
-        # One value a device where torch's DataParallel runs the model.
-        self._part_sums[name] = self._part_sums.get(name, 0) + value.detach().float().mean()
-        self._part_counts[name] = self._part_counts.get(name, 0) + 1
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of the loss parts since the last line of the training log."""
-        if "loss" in logs:
-            for name, total in self._part_sums.items():
-                mean = self.accelerator.reduce(total / self._part_counts[name], reduction="mean").item()
-                logs[name] = mean
-            if logs.get("ot_not_converged", 0) > 0:
-                logger.warning(
-                    "step %d: %.2g of the pairs since the last line of the log did not converge within %d sweeps (mean "
-                    "marginal error %.2g): raise --ot_max_iter, --ot_tol or --ot_epsilon",
-                    self.state.global_step,
-                    logs["ot_not_converged"],
-                    self.accelerator.unwrap_model(self.model).config.ot_max_iter,
-                    logs["ot_marginal_error"],
-                )
-            self._part_sums, self._part_counts = {}, {}
-        super().log(logs, start_time)
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Scores of the English validation rows, by the code that scores every language."""
-        rows = self.validation_rows
-        predictions = predict(
-            self.accelerator.unwrap_model(self.model),
-            self.processing_class,
-            self.task,
-            rows,
-            self.task.example_ids(rows),
-            self.validation_windows,
-            InferenceOptions.of(InferenceArguments(bf16=self.args.bf16), self.args.device),
-            description="validation",
-        )
-        scores = self.task.score(predictions, SOURCE_LANGUAGE)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items() if value is not None}
-        metrics["epoch"] = self.state.epoch
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def latest_validation(self) -> dict[str, float] | None:
-        """The validation scores of the present step, None if it was not validated or another checkpoint is loaded."""
-        if self.args.load_best_model_at_end:
-            return None
-        entries = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
-        return next((entry for entry in entries if any(name.startswith("eval_") for name in entry)), None)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        folder = Path(output_dir or self.args.output_dir)
-        # A pickle of the arguments, with local paths in it, that nothing reads: run.json holds them.
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        make_portable(self.processing_class, folder)
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel) and self.args.should_save:
-            # PEFT's own files do not say what the adapters are of.
-            model.config.save_pretrained(folder)
-
-    def merge_adapters(self) -> None:
-        """Save the adapters to their own folder, then merge them: the model goes on as a plain one."""
-        self._save(str(Path(self.args.output_dir) / ADAPTER_FOLDER))
-        self.model = self.accelerator.unwrap_model(self.model).merge_and_unload()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -304,54 +150,6 @@ def score_and_publish(data_args: DataArguments, training_args: XLFATrainingArgum
     if training_args.should_save:
         url = push(training_args.output_dir, training_args.hub_model_id, private=bool(training_args.hub_private_repo))
         print(f"published: {url}")
-
-
-def find_checkpoint(training_args: XLFATrainingArguments, weights_name: str) -> str | None:
-    """The checkpoint to go on from, with its weights in a file `weights_name`; None for a new run.
-
-    Raises:
-        XLFAError: if the checkpoint asked for does not exist, or a new run would overwrite an older one.
-    """
-    wanted = training_args.resume_from_checkpoint
-    folder = Path(training_args.output_dir)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if wanted is None or wanted.lower() == "false":
-        if last is not None or (folder / RUN_FILE).exists():
-            raise XLFAError(
-                f"{folder} holds an earlier run: go on with --resume_from_checkpoint true, or name another --output_dir"
-            )
-        return None
-    checkpoint = last if wanted.lower() == "true" else wanted
-    if checkpoint is None:
-        raise XLFAError(f"--resume_from_checkpoint true: there is no checkpoint in {folder}")
-    needed = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, CONFIG_NAME, weights_name)
-    missing = [name for name in needed if not (Path(checkpoint) / name).is_file()]
-    if missing:
-        raise XLFAError(
-            f"--resume_from_checkpoint {checkpoint}: the folder is not a training checkpoint, it lacks "
-            + ", ".join(missing)
-        )
-    return checkpoint
-
-
-def check_same_model(checkpoint: str, config: XLFAConfig) -> None:
-    """Raise `XLFAError` if the checkpoint is of a model with other fields than `config`."""
-    trained = XLFAConfig.from_pretrained(checkpoint)
-    ours, theirs = config.to_dict(), trained.to_dict()
-    own_fields = [name for name in ours if name.startswith(("fusion", "ot_", "classifier_", "input_"))]
-    for name in (*own_fields, "id2label"):
-        if ours[name] != theirs[name]:
-            raise XLFAError(
-                f"--resume_from_checkpoint {checkpoint}: it was trained with {name}={theirs[name]!r}, not "
-                f"{ours[name]!r}: give the settings of that run, or start a new one in another --output_dir"
-            )
-    for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
-        ours_value, theirs_value = (getattr(each.text_config, name) for each in (config, trained))
-        if ours_value != theirs_value:
-            raise XLFAError(
-                f"--resume_from_checkpoint {checkpoint}: its encoder has {name}={theirs_value!r}, this one "
-                f"{ours_value!r}"
-            )
 
 
 def load_pair_texts(task: Task, data_args: DataArguments, seed: int) -> dict[str, list[tuple[str, str]]]:
