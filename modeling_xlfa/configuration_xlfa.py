@@ -83,6 +83,8 @@ class XLFAConfig(PretrainedConfig):
             Most Sinkhorn sweeps for a pair.
         ot_tol (`float`, defaults to 1e-3):
             L1 error of the marginals at which a pair counts as converged.
+        freeze_layers (`int`, defaults to 0):
+            K, 0..N-1: of the encoder only the layers K+1..N are trained. All else, the trunk, stays in evaluation mode.
         classifier_dropout (`float`, *optional*):
             Dropout in front of the head; by default the encoder's hidden dropout, or 0.1.
         classifier_pooling (`str`, defaults to `"cls"`):
@@ -137,6 +139,7 @@ class XLFAConfig(PretrainedConfig):
         ot_epsilon_start=None,
         ot_max_iter=5000,
         ot_tol=1e-3,
+        freeze_layers=0,
         classifier_dropout=None,
         classifier_pooling="cls",
         input_length=None,
@@ -161,7 +164,7 @@ class XLFAConfig(PretrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         else:
             text_config = copy.deepcopy(text_config)
-        unknown = [name for name in kwargs if name.startswith(("fusion", "ot_", "classifier_"))]
+        unknown = [name for name in kwargs if name.startswith(("fusion", "ot_", "freeze_", "classifier_"))]
         if unknown:
             raise ValueError(f"unknown field {unknown[0]!r}: XLFAConfig has none of that name")
         # The name is a path on the machine that trained the model; it must not travel into a published config.
@@ -194,6 +197,7 @@ class XLFAConfig(PretrainedConfig):
         self.ot_epsilon_start = ot_epsilon_start
         self.ot_max_iter = ot_max_iter
         self.ot_tol = ot_tol
+        self.freeze_layers = freeze_layers
         self.classifier_dropout = classifier_dropout
         self.classifier_pooling = classifier_pooling
         self.input_length = input_length
@@ -256,6 +260,10 @@ class XLFAConfig(PretrainedConfig):
             self._reject("ot_tau", f"None with ot_solver={self.ot_solver!r}, which has hard marginals only")
         if self.ot_layer != "fused" and not (_is_int(self.ot_layer) and 0 <= self.ot_layer <= depth):
             self._reject("ot_layer", f"'fused' or a layer index 0..{depth}")
+        if not (_is_int(self.freeze_layers) and 0 <= self.freeze_layers < depth):
+            self._reject("freeze_layers", f"a number of layers 0..{depth - 1} (the encoder has {depth})")
+        if self.freeze_layers and self.ot_layer != "fused" and self.ot_layer <= self.freeze_layers:
+            self._reject("ot_layer", f"'fused' or a layer above the frozen ones, {self.freeze_layers + 1}..{depth}")
         if not (_is_int(self.ot_max_iter) and self.ot_max_iter >= 1):
             self._reject("ot_max_iter", "an integer >= 1")
         if not (_is_finite(self.ot_tol) and self.ot_tol > 0):

@@ -8,7 +8,7 @@ the last axis. `mask` is B x T with 1 on tokens and 0 on padding; padding enters
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from .configuration_xlfa import XLFAConfig
 
@@ -19,6 +19,11 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     In training the batch's statistics normalise and the running ones are updated, unless `update_statistics` is false:
     then, and in evaluation, the running statistics normalise. Where fewer than two values reach a channel the batch has
     no variance, and the running statistics are used too. Statistics are float32 at least, whatever the input's type.
+
+    The batch is that of all processes of torch.distributed's default group: count and sum are reduced over them, then
+    the squared deviations from the common mean. A process may bring no values, but each must run the same forward and
+    backward passes. Where the processes' gradients are averaged, as DDP and FSDP do, they are those of one process on
+    the whole batch. The running statistics stay the same everywhere; normalising by them needs no communication.
     """
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor, update_statistics: bool = True) -> torch.Tensor:
@@ -26,9 +31,11 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         mean, variance = self.running_mean.to(values.dtype), self.running_var.to(values.dtype)
         if self.training and update_statistics:
             weights = mask.unsqueeze(-1).to(values.dtype)
-            count = weights.sum()
-            batch_mean = (values * weights).sum(dim=(0, 1)) / count.clamp(min=1)
-            batch_variance = ((values - batch_mean).square() * weights).sum(dim=(0, 1)) / count.clamp(min=1)
+            sums = _sum_over_processes(torch.cat([(values * weights).sum(dim=(0, 1)), weights.sum().view(1)]))
+            count = sums[-1]
+            batch_mean = sums[:-1] / count.clamp(min=1)
+            squares = _sum_over_processes(((values - batch_mean).square() * weights).sum(dim=(0, 1)))
+            batch_variance = squares / count.clamp(min=1)
             enough = count >= 2
             with torch.no_grad():
                 momentum = self.momentum * enough.to(values.dtype)
@@ -243,3 +250,26 @@ def _apply_norm(norm: nn.Module, states: torch.Tensor, mask: torch.Tensor, updat
     if isinstance(norm, MaskedBatchNorm):
         return norm(states, mask, update_statistics)
     return norm(states)
+
+
+def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return _AllReduce.apply(values)
+    return values
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over the processes; its gradient is the sum of theirs, since each one's loss depends on every summand.
+
+    torch's own with a gradient (torch.distributed.nn) is deprecated, and what is to replace it is private.
+    """
+
+    @staticmethod
+    def forward(ctx, values: torch.Tensor) -> torch.Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return _AllReduce.apply(gradient)

@@ -1,18 +1,18 @@
 """XLFA models: an encoder with feature aggregation, an alignment term in `forward`, and three heads."""
 
-import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import CrossEntropyLoss
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import ModelOutput
 
 from .configuration_xlfa import XLFAConfig
+from .encoder_xlfa import encoder_layers, load_encoder, run_layers
 from .fusion_xlfa import ScalarMix, build_fusion
 from .sinkhorn_xlfa import TransportResult
 from .transport_xlfa import alignment_loss
@@ -90,8 +90,8 @@ class XLFAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    # With device_map: a fusion reads several layers at once. The encoder adds its own layers.
-    _no_split_modules = ["AFF", "DLFA", "ScalarMix"]
+    # `XLFAModel` and its encoder add what they contain.
+    _no_split_modules = []
     # With loss kwargs Trainer would leave the division by the accumulation steps to the model, and the loss would be
     # that many times too large (transformers issue 47688).
     accepts_loss_kwargs = False
@@ -144,6 +144,7 @@ class XLFAPreTrainedModel(PreTrainedModel):
             config_fields["attn_implementation"] = attn_implementation
         model = cls(XLFAConfig(text_config=text_config, **config_fields))
         model.base_model.encoder.load_state_dict(load_encoder(name_or_path, text_config).state_dict())
+        model.base_model.freeze_trunk()
         return model
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
@@ -183,13 +184,34 @@ class XLFAModel(XLFAPreTrainedModel):
             layers = (module for module in self.encoder.modules() if isinstance(module, GradientCheckpointingLayer))
             self.encoder._no_split_modules = sorted({type(layer).__name__ for layer in layers})
         self.fusion = build_fusion(config)
+        if self.fusion is not None:
+            # For device_map: a fusion reads several layers at once. FSDP refuses names of classes that are not there.
+            self._no_split_modules = [type(self.fusion).__name__]
         # A table of weights by piece, saved with the model; training fills it from the parallel text.
         self.register_buffer(
             "ot_idf", torch.ones(self.encoder.config.vocab_size) if config.ot_marginals == "idf" else None
         )
         # Share of the training that is done; below 1 only while a trainer runs a schedule of epsilon.
         self.ot_progress = 1.0
+        # Where a trainer has stored states of the trunk: called with the inputs of the encoder, it gives layer → states
+        # of the layers that are needed up to `freeze_layers`, and the encoder goes on from there.
+        self.stored_trunk: Callable[[dict[str, torch.Tensor]], dict[int, torch.Tensor]] | None = None
         self.post_init()
+
+    def train(self, mode: bool = True) -> "XLFAModel":
+        """As in torch, but the trunk (`freeze_layers`) stays in evaluation mode and without gradient."""
+        super().train(mode)
+        if self.config.freeze_layers:
+            self.encoder.eval()
+            encoder_layers(self.encoder)[self.config.freeze_layers :].train(mode)
+            self.freeze_trunk()
+        return self
+
+    def freeze_trunk(self) -> None:
+        """No gradient for all of the encoder but its layers above `freeze_layers`, where that is not 0."""
+        if self.config.freeze_layers:
+            self.encoder.requires_grad_(False)
+            encoder_layers(self.encoder)[self.config.freeze_layers :].requires_grad_(True)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.get_input_embeddings()
@@ -237,16 +259,14 @@ class XLFAModel(XLFAPreTrainedModel):
                     dtype=torch.long,
                     device=self.device,
                 )
-            encoded = self.encoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states or self._fused_layers,
-                return_dict=True,
-                **{name: value for name, value in optional.items() if value is not None},
-            )
-            output.last_hidden_state = self._fuse(encoded, attention_mask)
-            output.hidden_states = _layers(encoded) if output_hidden_states else None
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            inputs |= {name: value for name, value in optional.items() if value is not None}
+            if output_attentions:
+                inputs["output_attentions"] = True
+            every = range(self.config.num_hidden_layers + 1)
+            states, encoded = self._encode(inputs, list(every) if output_hidden_states else self.fused_layers)
+            output.last_hidden_state = self._fuse(states, attention_mask)
+            output.hidden_states = tuple(states[layer] for layer in every) if output_hidden_states else None
             output.attentions = encoded.attentions if output_attentions else None
         if source_input_ids is not None and target_input_ids is not None:
             output.ot_loss, result = self.align(
@@ -309,43 +329,58 @@ class XLFAModel(XLFAPreTrainedModel):
         special = torch.cat([_pad_to(side.special_tokens_mask, length, 1) for side in (source, target)])
 
         layer = self.config.ot_layer
-        kept = self._fused_layers if layer == "fused" else [layer]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         # Dropout of the alignment sequences draws from a copy of the generator, so that the task batches of a run see
         # the same dropout with the term and without it.
         devices = [input_ids.device] if input_ids.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=self.training):
-            encoded = self.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=kept, return_dict=True
-            )
-        if layer == "fused":
-            states = self._fuse(encoded, attention_mask, update_statistics=False)
-        else:
-            states = _layers(encoded)[layer]
+            if layer == "fused":
+                encoded, _ = self._encode(inputs, self.fused_layers)
+                states = self._fuse(encoded, attention_mask, update_statistics=False)
+            else:
+                encoded, _ = self._encode(inputs, [layer], last=max(1, layer))
+                states = encoded[layer]
         return input_ids, states, attention_mask * (1 - special)
 
     @property
-    def _fused_layers(self) -> list[int] | bool:
-        """`output_hidden_states` of an encoder call whose states are fused: no other layer's states are kept.
-
-        Encoders that know no selection (transformers 4 and the first of 5) take a list for true and keep all.
-        """
+    def fused_layers(self) -> list[int]:
+        """The layers below the last one whose states are fused with it; no other layer's states are kept."""
         if self.fusion is None:
-            return False
+            return []
         if self.config.fusion == "scalar_mix":
-            return True
+            return list(range(self.config.num_hidden_layers))
         if self.config.fusion_layer == "learned":
             return list(range(1, self.config.num_hidden_layers))
         return [self.config.fusion_layer]
 
-    def _fuse(self, encoded: ModelOutput, attention_mask: torch.Tensor, update_statistics: bool = True) -> torch.Tensor:
+    def _encode(
+        self, inputs: dict[str, torch.Tensor], kept: list[int], last: int | None = None
+    ) -> tuple[dict[int, torch.Tensor], ModelOutput]:
+        """The states of the layers `kept` and of the last one that is run, and what the encoder returned."""
+        if self.stored_trunk is None:
+            return run_layers(self.encoder, inputs, kept, last=last)
+        first = self.config.freeze_layers
+        stored = self.stored_trunk(inputs)
+        absent = [layer for layer in kept if layer < first and layer not in stored]
+        if absent:
+            raise ValueError(f"the states of layer {absent[0]} are not stored: stored are those of {sorted(stored)}")
+        states, encoded = run_layers(
+            self.encoder, inputs, [layer for layer in kept if layer >= first], first, stored[first], last
+        )
+        return stored | states, encoded
+
+    def _fuse(
+        self, states: dict[int, torch.Tensor], attention_mask: torch.Tensor, update_statistics: bool = True
+    ) -> torch.Tensor:
+        """The fused states, B x T x E, of those of `fused_layers` and of the last layer."""
+        last = states[self.config.num_hidden_layers]
         if self.fusion is None:
-            return encoded.last_hidden_state
-        layers = _layers(encoded)
+            return last
+        lower = [states[layer] for layer in self.fused_layers]
         if self.config.fusion == "scalar_mix":
-            return self.fusion(layers)
+            return self.fusion([*lower, last])
         learned = self.config.fusion_layer == "learned"
-        lower = layers[1:-1] if learned else layers[self.config.fusion_layer]
-        return self.fusion(lower, encoded.last_hidden_state, attention_mask, update_statistics)
+        return self.fusion(lower if learned else lower[0], last, attention_mask, update_statistics)
 
 
 class _Sentences:
@@ -534,24 +569,8 @@ def transport_statistics(result: TransportResult, solver: str) -> dict[str, torc
     }
 
 
-def _layers(encoded: ModelOutput) -> tuple[torch.Tensor, ...]:
-    """The encoder's states H_0..H_N, where H_N is its output.
-
-    The ModernBERT of transformers 4 and 5.0 gives H_N without the final norm that its output has.
-    """
-    return (*encoded.hidden_states[:-1], encoded.last_hidden_state)
-
-
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def load_encoder(name_or_path: str, text_config: PretrainedConfig) -> PreTrainedModel:
-    """The pretrained encoder of that name in float32, without a pooler where its class has one."""
-    encoder_class = MODEL_MAPPING[type(text_config)]
-    has_pooler = "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters
-    options = {"add_pooling_layer": False} if has_pooler else {}
-    return encoder_class.from_pretrained(name_or_path, config=text_config, dtype=torch.float32, **options)
 
 
 def _pad_to(tensor: torch.Tensor, length: int, value: int) -> torch.Tensor:

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from modeling_xlfa import XLFAConfig
-from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel, load_encoder
+from modeling_xlfa.encoder_xlfa import load_encoder
+from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
 from xlfa.arguments import ModelArguments
 from xlfa.backbones import PREFIX, resolve_encoder
 from xlfa.errors import XLFAError

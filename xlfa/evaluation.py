@@ -28,6 +28,7 @@ from xlfa.resuming import begin, finish, model_origin
 from xlfa.scores import build_scores, format_table, predictions_file, write_predictions, write_scores
 from xlfa.statistics import Clusters, cluster_numbers
 from xlfa.tasks import TASKS, Prediction, Task, get_task
+from xlfa.trunk import TrunkCache
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ class EvaluationArguments(InferenceArguments):
     seed: int = option("Of that sample.", 0)
     max_length: int | None = option("Longest input in tokens; by default as in training.")
     doc_stride: int | None = option("Tokens that neighbouring windows share (QA); by default as in training.")
+    cache_trunk: bool = option(
+        "Of a model with frozen layers: read their states from disk, after storing those that are not there.", False
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -121,6 +125,9 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
         english = task.load_test("en", arguments.data_root)
         shared_ids = chosen_ids(task, english, arguments)
         clusters = cluster_numbers(task.groups(select_ids(task, english, shared_ids, "en")))
+    trunk = None
+    if arguments.cache_trunk:
+        trunk = model.base_model.stored_trunk = TrunkCache(model.base_model, tokenizer, options)
     settings = {
         "data": {None: "hub", SAMPLE: SAMPLE}.get(arguments.data_root, "local mirror"),
         "max_examples": arguments.max_examples,
@@ -128,6 +135,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
         "max_length": max_length,
         "doc_stride": doc_stride,
         **vars(options),
+        "cache_trunk": arguments.cache_trunk,
         "processes": state.num_processes,
     }
     kept = kept_predictions(arguments, settings, languages)
@@ -154,6 +162,8 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
             logger.info("%s: kept from the interrupted run", language)
             predictions[language] = kept[language]
             continue
+        if trunk is not None:
+            trunk.fill(windows, description=language)
         predictions[language] = predict(model, tokenizer, task, rows, ids, windows, options, description=language)
         if state.is_main_process:
             write_predictions(predictions_file(output_folder(arguments), language), predictions[language])

@@ -126,6 +126,11 @@ class PairSampler:
             pairs[language] = fitting
         return cls(pairs, tokenizer, seed)
 
+    def sequences(self) -> Dataset:
+        """The column `input_ids` of both sides of all pairs."""
+        both = [ids for pairs in self.pairs.values() for pair in pairs for ids in pair]
+        return Dataset.from_dict({"input_ids": both})
+
     def inverse_document_frequencies(self, vocab_size: int) -> torch.Tensor:
         """log((1 + N) / (1 + df)) + 1 of every piece over the N sentences of both sides, shape (vocab_size,)."""
         sentences = [ids for pairs in self.pairs.values() for pair in pairs for ids in pair]

@@ -1,0 +1,92 @@
+"""Running a part of an encoder's layers, for each family of encoders."""
+
+import pytest
+import torch
+from test_modeling import task_inputs
+from torch import nn
+from transformers import AlbertConfig, AutoModel
+
+from modeling_xlfa.encoder_xlfa import encoder_layers, run_layers
+
+
+@pytest.fixture
+def encoder(encoder_config):
+    return AutoModel.from_config(encoder_config).eval()
+
+
+def whole(encoder):
+    output = encoder(**task_inputs(), output_hidden_states=True)
+    return (*output.hidden_states[:-1], output.last_hidden_state)
+
+
+def counting(encoder):
+    """How often each layer is run, filled in as it is."""
+    calls = [0] * 4
+    for number, layer in enumerate(encoder_layers(encoder)):
+
+        def count(module, args, output, number=number):
+            calls[number] += 1
+
+        layer.register_forward_hook(count)
+    return calls
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_the_upper_layers_go_on_from_stored_states(encoder, first):
+    expected = whole(encoder)
+    calls = counting(encoder)
+    kept = [layer for layer in (1, 2, 3) if layer >= first]
+    start = None if first == 0 else expected[first]
+    states, _ = run_layers(encoder, task_inputs(), kept, first, start)
+    assert calls == [0] * first + [1] * (4 - first)
+    assert set(states) == {*kept, 4}
+    for layer, found in states.items():
+        torch.testing.assert_close(found, expected[layer])
+
+
+@pytest.mark.parametrize("last", [1, 2, 4])
+def test_no_layer_above_the_last_one_is_run(encoder, last):
+    expected = whole(encoder)
+    calls = counting(encoder)
+    states, _ = run_layers(encoder, task_inputs(), [0, last], last=last)
+    assert calls == [1] * last + [0] * (4 - last)
+    assert set(states) == {0, last}
+    for layer, found in states.items():
+        torch.testing.assert_close(found, expected[layer])
+
+
+def test_layers_in_the_middle_alone(encoder):
+    expected = whole(encoder)
+    states, _ = run_layers(encoder, task_inputs(), [2], first=1, states=expected[1], last=3)
+    for layer in (2, 3):
+        torch.testing.assert_close(states[layer], expected[layer])
+
+
+def test_the_encoder_is_whole_again_afterwards_even_after_an_error(encoder):
+    expected = whole(encoder)
+    layers = list(encoder_layers(encoder))
+    with pytest.raises(Exception, match="."):
+        run_layers(encoder, {"input_ids": torch.tensor([[10**9]])}, [1], last=1)
+    run_layers(encoder, task_inputs(), [1], last=1)
+    assert list(encoder_layers(encoder)) == layers
+    for found, wanted in zip(whole(encoder), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_gradients_reach_the_states_that_it_starts_from(encoder):
+    start = whole(encoder)[2].detach().requires_grad_()
+    states, _ = run_layers(encoder, task_inputs(), [], 2, start)
+    states[4].square().sum().backward()
+    assert start.grad.abs().sum() > 0
+    touched = [layer for layer, module in enumerate(encoder_layers(encoder)) if has_gradient(module)]
+    assert touched == [2, 3]
+
+
+def has_gradient(module: nn.Module) -> bool:
+    return any(weight.grad is not None for weight in module.parameters())
+
+
+def test_an_encoder_that_shares_its_layers_is_refused():
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
+    with pytest.raises(ValueError, match="'albert'.*no list of its layers"):
+        encoder_layers(AutoModel.from_config(AlbertConfig(**sizes, num_hidden_layers=3)))

@@ -1,0 +1,292 @@
+"""The trunk cache: frozen layers, stored states, what is refused, and writers that are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from modeling_xlfa import XLFAConfig, XLFAForSequenceClassification, XLFAModel
+from modeling_xlfa.encoder_xlfa import encoder_layers
+from xlfa.errors import XLFAError
+from xlfa.evaluation import main as evaluate
+from xlfa.inference import InferenceOptions
+from xlfa.training import main as train
+from xlfa.trunk import TrunkCache
+
+TEXTS = ["the cat sat", "a dog ran far away", "it rains", "we read books", "no", "see you at nine o'clock then"]
+OPTIONS = InferenceOptions(max_tokens_per_batch=64, bf16=False)
+
+
+@pytest.fixture
+def tokenizer(tiny_encoder):
+    return AutoTokenizer.from_pretrained(tiny_encoder)
+
+
+@pytest.fixture
+def model(tiny_encoder):
+    fields = {"num_labels": 3, "fusion_norm": "none", "fusion_layer": 1, "freeze_layers": 2, "ot_weight": 0.5}
+    return XLFAForSequenceClassification.from_encoder(tiny_encoder, **fields)
+
+
+def sequences(tokenizer, texts=TEXTS):
+    return Dataset.from_dict({"input_ids": tokenizer(texts)["input_ids"]})
+
+
+@pytest.fixture
+def filled(model, tokenizer, tmp_path):
+    cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
+    cache.fill(sequences(tokenizer), "texts")
+    return cache
+
+
+def test_frozen_layers_have_no_gradient_and_stay_in_evaluation_mode(model):
+    model.train()
+    layers = encoder_layers(model.xlfa.encoder)
+    assert [layer.training for layer in layers] == [False, False, True, True]
+    assert not model.xlfa.encoder.embeddings.training and model.dropout.training
+    trained = {name.split(".layer.")[1][0] for name, weight in encoder_weights(model) if weight.requires_grad}
+    assert trained == {"2", "3"}
+    assert all(weight.requires_grad for weight in model.xlfa.fusion.parameters())
+
+
+def encoder_weights(model):
+    return [(name, weight) for name, weight in model.named_parameters() if ".encoder." in name]
+
+
+def test_a_loaded_model_freezes_what_its_config_says(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = XLFAForSequenceClassification.from_pretrained(tmp_path).train()
+    assert [weight.requires_grad for _, weight in encoder_weights(loaded)] == [
+        weight.requires_grad for _, weight in encoder_weights(model)
+    ]
+    free = XLFAForSequenceClassification.from_pretrained(tmp_path, freeze_layers=0).train()
+    assert all(weight.requires_grad for weight in free.parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"freeze_layers": 4}, "freeze_layers=4 is not allowed: it must be a number of layers 0..3"),
+        ({"freeze_layers": -1}, "freeze_layers=-1"),
+        ({"freeze_layers": True}, "freeze_layers=True"),
+        (
+            {"freeze_layers": 2, "ot_layer": 2},
+            "ot_layer=2 is not allowed: it must be 'fused' or a layer above the frozen",
+        ),
+    ],
+)
+def test_fields_that_do_not_go_together_are_named(bert_config, fields, message):
+    with pytest.raises(ValueError) as error:
+        XLFAConfig(text_config=bert_config, **fields)
+    assert message in str(error.value)
+
+
+def test_outputs_from_stored_states_are_those_of_the_whole_model(model, filled, tokenizer):
+    model.eval()
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    pairs = {f"{side}_{name}": tensor for side in ("source", "target") for name, tensor in inputs.items()}
+    expected = model(**inputs, **pairs)
+    runs = []
+    layers = encoder_layers(model.xlfa.encoder)
+    layers[0].register_forward_hook(lambda *_: runs.append(0))
+    layers[2].register_forward_hook(lambda *_: runs.append(2))
+    model.xlfa.stored_trunk = filled
+    found = model(**inputs, **pairs)
+    assert runs == [2, 2]
+    # bfloat16 keeps 8 bits.
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found.ot_loss, expected.ot_loss, rtol=0.02, atol=0.005)
+    assert not torch.equal(found.logits, expected.logits)
+
+
+def test_each_sequence_is_stored_once_with_the_layers_that_are_needed(filled, tokenizer, monkeypatch):
+    assert filled.layers == [1, 2]
+    before = sorted(filled.folder.glob("*.safetensors"))
+    content = load_file(before[0])
+    tokens = sum(map(len, tokenizer(TEXTS)["input_ids"]))
+    assert content["states"].shape == (tokens, 2, 32) and content["states"].dtype == torch.bfloat16
+    filled.fill(sequences(tokenizer, TEXTS[::-1] + TEXTS), "again")
+    assert sorted(filled.folder.glob("*.safetensors")) == before
+    filled.fill(sequences(tokenizer, [*TEXTS, "one more"]), "more")
+    assert len(list(filled.folder.glob("*.safetensors"))) == 2
+
+
+def test_large_sets_become_several_files(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("xlfa.trunk.FILE_SIZE", 20 * 2 * 32 * 2)
+    cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
+    cache.fill(sequences(tokenizer), "texts")
+    files = [load_file(path) for path in cache.folder.glob("*.safetensors")]
+    assert len(files) > 2 and sum(len(content["keys"]) for content in files) == len(TEXTS)
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    whole = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path / "other")
+    whole.fill(sequences(tokenizer), "texts")
+    for layer, states in cache(inputs).items():
+        torch.testing.assert_close(states, whole(inputs)[layer], rtol=0.01, atol=0.01)
+
+
+def test_padding_on_either_side_is_left_out(filled, tokenizer):
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    right = filled(inputs)[2]
+    left = filled(tokenizer(TEXTS, padding=True, padding_side="left", return_tensors="pt"))[2]
+    for row, length in enumerate(inputs["attention_mask"].sum(dim=1)):
+        assert torch.equal(right[row, :length], left[row, -length:])
+        assert not right[row, length:].any()
+
+
+def test_another_trunk_has_a_cache_of_its_own(model, tokenizer, tmp_path):
+    def folder(options=OPTIONS):
+        return TrunkCache(model.base_model, tokenizer, options, tmp_path).folder
+
+    first = folder()
+    assert folder(InferenceOptions(999, bf16=False)) == first
+    assert folder(InferenceOptions(64, bf16=True)) != first
+    layers = encoder_layers(model.xlfa.encoder)
+    with torch.no_grad():
+        # Not of the trunk: what training changes.
+        layers[2].output.dense.bias += 1
+        assert folder() == first
+        layers[1].output.dense.bias += 1
+    assert folder() != first
+
+
+def test_a_sequence_that_is_not_there_is_an_error_and_not_computed_unseen(model, filled, tokenizer):
+    model.xlfa.stored_trunk = filled
+    with pytest.raises(XLFAError, match="no states of a sequence of 6 tokens, the ids .* fill the cache"):
+        model(**tokenizer(["what"], return_tensors="pt"))
+    with pytest.raises(XLFAError, match="inputs_embeds"):
+        model(inputs_embeds=torch.zeros(1, 3, 32))
+
+
+def test_a_layer_that_is_not_stored_is_an_error(model, filled, tokenizer):
+    model.xlfa.stored_trunk = filled
+    with pytest.raises(ValueError, match=r"states of layer 0 are not stored: stored are those of \[1, 2\]"):
+        model(**tokenizer(TEXTS[:2], padding=True, return_tensors="pt"), output_hidden_states=True)
+
+
+def test_a_model_without_frozen_layers_has_no_trunk(bert_config, tokenizer, tmp_path):
+    with pytest.raises(XLFAError, match="needs --freeze_layers"):
+        TrunkCache(XLFAModel(XLFAConfig(text_config=bert_config)), tokenizer, OPTIONS, tmp_path)
+
+
+def test_a_damaged_file_is_named(filled, model, tokenizer, tmp_path):
+    [path] = filled.folder.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(XLFAError, match=f"{path.name} is damaged.*remove it"):
+        TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
+
+
+def test_a_full_disk_is_told_before_the_work(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(XLFAError, match="GiB of states do not fit on the disk"):
+        TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path).fill(sequences(tokenizer), "texts")
+
+
+def test_a_write_that_fails_leaves_nothing(model, tokenizer, tmp_path, monkeypatch):
+    def full(content, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("xlfa.trunk.save_file", full)
+    cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
+    with pytest.raises(XLFAError, match="cannot write to .*No space left"):
+        cache.fill(sequences(tokenizer), "texts")
+    assert [path.name for path in cache.folder.iterdir()] == ["lock"]
+
+
+# Fills a cache in many small files, and tells when each one is in place.
+WRITER = """
+import sys
+from pathlib import Path
+from datasets import Dataset
+from transformers import AutoTokenizer
+from modeling_xlfa import XLFAForSequenceClassification
+import xlfa.trunk
+from xlfa.inference import InferenceOptions
+
+xlfa.trunk.FILE_SIZE = 1
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+fields = {"num_labels": 3, "fusion_norm": "none", "fusion_layer": 1, "freeze_layers": 2, "ot_weight": 0.5}
+model = XLFAForSequenceClassification.from_encoder(sys.argv[1], **fields)
+cache = xlfa.trunk.TrunkCache(model.base_model, tokenizer, InferenceOptions(64, bf16=False), Path(sys.argv[2]))
+write = cache._write
+def told(keys, states):
+    write(keys, states)
+    print("written", flush=True)
+cache._write = told
+texts = [f"number {number}" for number in range(500)]
+cache.fill(Dataset.from_dict({"input_ids": tokenizer(texts)["input_ids"]}), "texts")
+"""
+
+
+def test_what_a_killed_writer_finished_is_kept(model, tokenizer, tiny_encoder, tmp_path):
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, tiny_encoder, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    for _ in range(5):
+        assert writer.stdout.readline() == b"written\n"
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.wait()
+    cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
+    kept = len(cache._places)
+    assert 5 <= kept < 500
+    (cache.folder / ".states-left.123.safetensors").write_bytes(b"half")
+    cache.fill(sequences(tokenizer, [f"number {number}" for number in range(40)]), "texts")
+    assert len(cache._places) == max(40, kept) and not list(cache.folder.glob(".states*"))
+
+
+def run(encoder, output, *flags):
+    common = ["--model", encoder, "--task", "xnli", "--data_root", "sample", "--output_dir", str(output), "--seed", "3"]
+    small = ["--max_train_examples", "48", "--max_eval_examples", "9", "--max_steps", "8", "--save_strategy", "no"]
+    steps = ["--logging_steps", "1", "--per_device_train_batch_size", "8", "--learning_rate", "1e-3"]
+    aligned = ["--ot_weight", "0.5", "--parallel_dataset", "local/parallel", "--parallel_languages", "de", "fr"]
+    train([*common, *small, *steps, *aligned, "--freeze_layers", "2", "--bf16", "false", *flags])
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return np.array([[line["task_loss"], line["ot_loss"]] for line in history if "task_loss" in line])
+
+
+def test_a_run_and_its_scoring_from_stored_states_equal_those_without(tiny_encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLFA_CACHE", str(tmp_path / "cache"))
+    plain = run(tiny_encoder, tmp_path / "plain")
+    cached = run(tiny_encoder, tmp_path / "cached", "--cache_trunk", "true")
+    # Dropout of the upper layers and of the head is on in both; the difference is the precision of the storage.
+    np.testing.assert_allclose(cached, plain, rtol=0.01)
+    before = load_file(tmp_path / "plain" / "model.safetensors")
+    after = load_file(tmp_path / "cached" / "model.safetensors")
+    assert torch.equal(
+        before["xlfa.encoder.encoder.layer.1.output.dense.bias"],
+        after["xlfa.encoder.encoder.layer.1.output.dense.bias"],
+    )
+    moved = torch.linalg.vector_norm(before["classifier.weight"] - after["classifier.weight"])
+    assert moved < 0.02 * torch.linalg.vector_norm(before["classifier.weight"])
+
+    [folder] = (tmp_path / "cache" / "trunks").iterdir()
+    files = {path.name for path in folder.iterdir()}
+    scoring = ["--task", "xnli", "--data_root", "sample", "--languages", "en", "de", "--bf16", "false"]
+    scores = {}
+    for name, flags in {"plain": [], "cached": ["--cache_trunk", "true"]}.items():
+        evaluate([*scoring, "--model", str(tmp_path / "cached"), "--output_dir", str(tmp_path / name / "s"), *flags])
+        scores[name] = [
+            json.loads(line)["score"]
+            for language in ("en", "de")
+            for line in (tmp_path / name / "s" / "predictions" / f"{language}.jsonl").read_text().splitlines()
+        ]
+    np.testing.assert_allclose(scores["cached"], scores["plain"], atol=0.01)
+    # The trained model has the encoder's trunk: its scoring adds to the cache of its training.
+    assert files < {path.name for path in folder.iterdir()}
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_scoring_a_model_without_frozen_layers_from_a_cache_is_refused(bert_config, tiny_encoder, tmp_path):
+    model = XLFAForSequenceClassification.from_encoder(tiny_encoder, num_labels=3)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path)
+    with pytest.raises(XLFAError, match="--cache_trunk .* needs --freeze_layers"):
+        evaluate(["--task", "xnli", "--data_root", "sample", "--model", str(tmp_path), "--cache_trunk", "true"])

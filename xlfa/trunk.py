@@ -1,0 +1,251 @@
+"""States of frozen layers on disk (`--cache_trunk`): computed once, then read by every run and every scoring.
+
+A cache belongs to one trunk (the embeddings and the first K layers: their config, weights and arithmetic) and to the
+layers that are stored, K and the fused ones below it. In it a sequence is found by its input ids, so the same text,
+whatever data set it is in, is stored once for each tokenizer. States are bfloat16.
+
+Files are written under a temporary name, moved into place and never changed: any number of processes may read while
+one writes, and what a killed writer had finished is kept. One writes at a time; others wait and find the states there.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from datasets import Dataset
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from modeling_xlfa.encoder_xlfa import encoder_layers, run_layers
+from modeling_xlfa.modeling_xlfa import XLFAModel
+from xlfa.backbones import cache_dir
+from xlfa.errors import XLFAError
+from xlfa.files import replacing
+from xlfa.inference import InferenceOptions, infer
+
+logger = logging.getLogger(__name__)
+
+# Bytes of states a file, about.
+FILE_SIZE = 2**27
+KEY_SIZE = 16
+BYTES_A_VALUE = 2
+
+
+class TrunkCache:
+    """Stored states of a model's trunk; set as its `stored_trunk`.
+
+    Args:
+        model: with `freeze_layers` > 0.
+        tokenizer: pads the sequences that `fill` computes.
+        options: of the computation; states that were computed in bfloat16 are not those of float32.
+        root: the folder of all caches, by default in the user's cache.
+
+    Raises:
+        XLFAError: for a model without frozen layers.
+    """
+
+    def __init__(
+        self,
+        model: XLFAModel,
+        tokenizer: PreTrainedTokenizerBase,
+        options: InferenceOptions,
+        root: Path | None = None,
+    ):
+        if not model.config.freeze_layers:
+            raise XLFAError("--cache_trunk stores the states of frozen layers: it needs --freeze_layers")
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        frozen = model.config.freeze_layers
+        self.layers = sorted({*(layer for layer in model.fused_layers if layer < frozen), frozen})
+        self.folder = (root or cache_dir() / "trunks") / self._identity()
+        self._files: list[torch.Tensor] = []
+        # Key → file, first row, rows.
+        self._places: dict[bytes, tuple[int, int, int]] = {}
+        self._names: set[str] = set()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._read_files()
+
+    def _identity(self) -> str:
+        """Changes with all that the stored states depend on beside the sequence."""
+        encoder = self.model.encoder
+        config = encoder.config.to_dict()
+        for name in ("_name_or_path", "dtype", "transformers_version"):
+            config.pop(name, None)
+        settings = [config, self.layers, self.options.bf16, transformers.__version__, self.model.device.type]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        trained = {id(weight) for weight in encoder_layers(encoder)[self.layers[-1] :].parameters()}
+        for name, weight in encoder.named_parameters():
+            if id(weight) not in trained:
+                digest.update(name.encode())
+                digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    def fill(self, sequences: Dataset, description: str) -> None:
+        """Compute and store what is not there yet; every process of a launch takes part.
+
+        Args:
+            sequences: the column `input_ids`, and `token_type_ids` where the model takes them.
+            description: stands before the progress bar.
+
+        Raises:
+            XLFAError: if the disk is full or the folder cannot be written to.
+        """
+        state = PartialState()
+        with FileLock(self.folder / "lock") if state.is_main_process else nullcontext():
+            if state.is_main_process:
+                # Of killed writers: nobody else writes now.
+                for leftover in self.folder.glob(".states-*"):
+                    leftover.unlink()
+            state.wait_for_everyone()
+            self._read_files()
+            self._fill(sequences, description)
+            state.wait_for_everyone()
+            self._read_files()
+
+    def _fill(self, sequences: Dataset, description: str) -> None:
+        names = [name for name in ("input_ids", "token_type_ids") if name in sequences.column_names]
+        columns = [sequences[name][:] for name in names]
+        missing: dict[bytes, int] = {}
+        for position, row in enumerate(zip(*columns)):
+            key = _key(*(np.asarray(values, dtype=np.int64) for values in row))
+            if key not in self._places:
+                missing.setdefault(key, position)
+        if not missing:
+            return
+        lengths = {key: len(columns[0][position]) for key, position in missing.items()}
+        size = sum(lengths.values()) * self._bytes_a_token
+        if size > shutil.disk_usage(self.folder).free:
+            raise XLFAError(
+                f"--cache_trunk: {size / 2**30:.1f} GiB of states do not fit on the disk of {self.folder}: free some "
+                "space (old caches beside it can be removed), or set XLFA_CACHE"
+            )
+        logger.info(
+            "trunk cache: storing layers %s of %d sequences (%s), %.0f MiB, in %s",
+            ", ".join(map(str, self.layers)),
+            len(missing),
+            description,
+            size / 2**20,
+            self.folder,
+        )
+        for keys in _by_size(lengths, FILE_SIZE // self._bytes_a_token):
+            positions = [missing[key] for key in keys]
+            inputs = Dataset.from_dict(
+                {name: [column[position] for position in positions] for name, column in zip(names, columns)}
+                | {"length": [lengths[key] for key in keys]}
+            )
+            states = self._compute(inputs, f"trunk, {description}")
+            if PartialState().is_main_process:
+                self._write(keys, states)
+
+    @property
+    def _bytes_a_token(self) -> int:
+        return len(self.layers) * self.model.config.hidden_size * BYTES_A_VALUE
+
+    def _compute(self, inputs: Dataset, description: str) -> list[np.ndarray]:
+        """The states of each sequence, rows x layers x E, as the bits of bfloat16."""
+
+        def read(states: dict[int, torch.Tensor], padded: Any, _: Any) -> list[torch.Tensor]:
+            stacked = torch.stack([states[layer] for layer in self.layers], dim=2).bfloat16().view(torch.int16)
+            return [row[: int(length)] for row, length in zip(stacked, padded["attention_mask"].sum(dim=1))]
+
+        return infer(
+            _Trunk(self.model, self.layers), self.tokenizer, inputs, read, self.options, description=description
+        )
+
+    def _write(self, keys: list[bytes], states: list[np.ndarray]) -> None:
+        content = {
+            "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_SIZE),
+            "lengths": torch.tensor([len(rows) for rows in states]),
+            "states": torch.from_numpy(np.concatenate(states)).view(torch.bfloat16),
+        }
+        name = hashlib.sha256(b"".join(keys)).hexdigest()[:16]
+        try:
+            with replacing(self.folder / f"states-{name}.safetensors") as temporary:
+                save_file(content, temporary)
+        except (OSError, SafetensorError) as error:
+            raise XLFAError(f"--cache_trunk: cannot write to {self.folder}: {error}") from None
+
+    def _read_files(self) -> None:
+        """Take in files that are there and were not read yet; the states stay on disk, mapped into memory."""
+        for path in sorted(self.folder.glob("states-*.safetensors")):
+            if path.name in self._names:
+                continue
+            try:
+                with safe_open(path, framework="pt") as content:
+                    keys, lengths, states = (content.get_tensor(name) for name in ("keys", "lengths", "states"))
+            except SafetensorError as error:
+                raise XLFAError(f"--cache_trunk: {path} is damaged ({error}): remove it, it is computed anew") from None
+            starts = lengths.cumsum(0) - lengths
+            places = zip(map(bytes, keys.numpy()), starts.tolist(), lengths.tolist())
+            self._places |= {key: (len(self._files), start, length) for key, start, length in places}
+            self._files.append(states)
+            self._names.add(path.name)
+
+    def __call__(self, inputs: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Layer → states of a padded batch, each B x T x E; zeros at padding.
+
+        Raises:
+            XLFAError: for a sequence that was not stored, or inputs that are no ids.
+        """
+        if inputs.get("input_ids") is None or inputs.get("position_ids") is not None:
+            raise XLFAError("--cache_trunk: states are stored by input_ids; inputs_embeds and position_ids have none")
+        mask = inputs["attention_mask"].bool().cpu()
+        columns = [inputs[name].cpu().numpy() for name in ("input_ids", "token_type_ids") if name in inputs]
+        found = []
+        for row, kept in enumerate(mask.numpy()):
+            place = self._places.get(_key(*(column[row][kept] for column in columns)))
+            if place is None:
+                raise XLFAError(
+                    f"--cache_trunk: no states of a sequence of {int(kept.sum())} tokens, the ids "
+                    f"{columns[0][row][kept][:8].tolist()} …, in {self.folder}: fill the cache with it first"
+                )
+            file, start, length = place
+            found.append(self._files[file][start : start + length])
+        stored = torch.zeros(*mask.shape, len(self.layers), self.model.config.hidden_size)
+        stored[mask] = torch.cat(found).float()
+        stored = stored.to(self.model.device, self.model.dtype)
+        return {layer: stored[:, :, index] for index, layer in enumerate(self.layers)}
+
+
+class _Trunk(nn.Module):
+    """The states of some layers, and no layer above them run."""
+
+    def __init__(self, model: XLFAModel, layers: list[int]):
+        super().__init__()
+        self.encoder, self.layers = model.encoder, layers
+        self.device = model.device
+
+    def forward(self, **inputs: torch.Tensor) -> dict[int, torch.Tensor]:
+        return run_layers(self.encoder, inputs, self.layers, last=self.layers[-1])[0]
+
+
+def _key(*columns: np.ndarray) -> bytes:
+    """Of a sequence: its ids and, where the model takes them, its token types."""
+    digest = hashlib.blake2b(digest_size=KEY_SIZE)
+    for column in columns:
+        digest.update(column.astype(np.int64).tobytes())
+    return digest.digest()
+
+
+def _by_size(lengths: dict[bytes, int], limit: int) -> Iterable[list[bytes]]:
+    """The keys in groups of at most `limit` tokens, or of one sequence."""
+    group: list[bytes] = []
+    total = 0
+    for key, length in lengths.items():
+        if group and total + length > limit:
+            yield group
+            group, total = [], 0
+        group.append(key)
+        total += length
+    yield group
