@@ -15,9 +15,10 @@ from modeling_xlfa.transport_xlfa import BACKENDS
 from xlfa.arguments import XLFATrainingArguments
 from xlfa.errors import XLFAError
 from xlfa.parallel import PairSampler
+from xlfa.run_file import RUN_FILE
 from xlfa.tasks import get_task
 from xlfa.trainer import XLFATrainer
-from xlfa.training import RUN_FILE, main
+from xlfa.training import main
 
 TEXTS = ["the cat sat", "a dog ran far", "it rains", "we read books", "birds can fly", "he is late", "no", "see you"]
 
@@ -110,6 +111,18 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tiny_encoder, fi
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     halfway = load_file(finished_run / "checkpoint-3" / "model.safetensors")
     assert not torch.equal(halfway["classifier.weight"], expected["classifier.weight"])
+
+
+def test_gradients_of_both_terms_are_compared_and_training_is_the_same(tiny_encoder, finished_run, tmp_path):
+    train_on_sample(tiny_encoder, tmp_path, "--ot_gradient_steps", "2")
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    lines = [line for line in history if "ot_gradient_ratio" in line]
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    for line in lines:
+        expected = 0.5 * line["ot_gradient_norm"] / line["task_gradient_norm"]
+        assert line["ot_gradient_ratio"] == pytest.approx(expected) and expected > 0
+    expected, found = (load_file(folder / "model.safetensors") for folder in (finished_run, tmp_path))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_the_log_holds_the_parts_of_the_loss_apart(finished_run):
@@ -235,6 +248,8 @@ def test_an_earlier_run_is_not_overwritten(tiny_encoder, finished_run):
         (["--ot_marginals", "idf", "--ot_idf_file", "/nowhere.json"], "--ot_idf_file /nowhere.json: No such file"),
         (["--no_such_flag", "1"], "unknown argument --no_such_flag"),
         (["--max_tokens_per_batch", "0"], "--max_tokens_per_batch 0: at least 1"),
+        (["--ot_gradient_steps", "0"], "--ot_gradient_steps 0: at least 1"),
+        (["--ot_gradient_steps", "2", "--ot_weight", "0"], "there is no transport term to look at"),
         (["--max_tokens_per_batch", "64"], "batch norm needs the whole batch at once"),
         (
             ["--max_tokens_per_batch", "64", "--fusion", "none", "--ot_center", "true"],

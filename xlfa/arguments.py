@@ -59,6 +59,10 @@ class ModelArguments:
     )
     attn_implementation: str | None = option("Attention of the encoder: sdpa, eager, flash_attention_2, ….")
     freeze_word_embeddings: bool = option("Do not train the word embeddings.", False)
+    freeze_layers: int | None = option("Train only the encoder's layers above this number; 0 (default): all of it.")
+    cache_trunk: bool = option(
+        "With --freeze_layers: store the frozen layers' states on disk once, and start every pass from them.", False
+    )
     trim_vocab: bool = option(
         "Keep only the vocabulary that the training, parallel and scored texts of the task need.", False
     )
@@ -78,6 +82,10 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        if self.cache_trunk and not self.freeze_layers:
+            raise ValueError("--cache_trunk stores the states of frozen layers: it needs --freeze_layers")
+        if self.freeze_layers and self.peft is not None:
+            raise ValueError(f"--freeze_layers {self.freeze_layers} does not go with --peft: adapters are in all layers")
         given = [name for name, value in vars(self).items() if name.startswith("lora_") and value is not None]
         if given and self.peft is None:
             raise ValueError(f"--{given[0]} applies only with --peft lora")
@@ -90,7 +98,7 @@ class ModelArguments:
 
     def config_fields(self) -> dict[str, Any]:
         """The `XLFAConfig` fields that were given."""
-        own = {"model", "encoder_config", "freeze_word_embeddings", "trim_vocab", "peft"}
+        own = {"model", "encoder_config", "freeze_word_embeddings", "cache_trunk", "trim_vocab", "peft"}
         own |= {name for name in vars(self) if name.startswith("lora_")}
         given = {
             name: value for name, value in dataclasses.asdict(self).items() if value is not None and name not in own
@@ -146,11 +154,20 @@ class XLFATrainingArguments(TrainingArguments):
     save_strategy: str = option("When to save a checkpoint: no, steps, epoch, best.", "epoch")
     save_total_limit: int | None = option("Checkpoints that are kept.", 2)
     per_device_eval_batch_size: int = option("Not used: the validation is batched by tokens, as all scoring is.", 8)
+    early_stopping_patience: int | None = option(
+        "End after that many validations in a row without a better score; with --load_best_model_at_end."
+    )
+    early_stopping_threshold: float = option("With it, a score is better from that much more than the best one.", 0.0)
     logging_steps: float = option("Steps between two lines of the log.", 50)
+    logging_nan_inf_filter: bool = option("Not used: a loss that is not finite ends the training.", False)
     report_to: None | str | list[str] = option("Trackers: tensorboard, trackio, wandb, …", "none")
     max_tokens_per_batch: int | None = option(
         "Run a batch in parts of at most that many tokens, padding included, each of examples of similar length: less "
         "padding and memory at the same loss."
+    )
+
+    ot_gradient_steps: int | None = option(
+        "Log every so many steps how large the transport term's gradient is beside the task's; costs one more pass."
     )
 
     def __post_init__(self):
@@ -159,8 +176,33 @@ class XLFATrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ValueError(f"--max_tokens_per_batch {self.max_tokens_per_batch}: at least 1")
+        if self.ot_gradient_steps is not None and self.ot_gradient_steps < 1:
+            raise ValueError(f"--ot_gradient_steps {self.ot_gradient_steps}: at least 1")
         if self.label_smoothing_factor:
             raise ValueError("--label_smoothing_factor does not apply: the heads compute their own losses")
+        if self.logging_nan_inf_filter:
+            raise ValueError("--logging_nan_inf_filter does not apply: a loss that is not finite ends the training")
+        if self.hub_token is not None:
+            raise ValueError("--hub_token would be seen by others: log in with `hf auth login`, or set HF_TOKEN")
+        self._check_early_stopping()
+
+    def _check_early_stopping(self) -> None:
+        patience, threshold = self.early_stopping_patience, self.early_stopping_threshold
+        if threshold < 0:
+            raise ValueError(f"--early_stopping_threshold {threshold}: at least 0")
+        if patience is None:
+            if threshold > 0:
+                raise ValueError(f"--early_stopping_threshold {threshold} applies only with --early_stopping_patience")
+            return
+        if patience < 1:
+            raise ValueError(f"--early_stopping_patience {patience}: at least 1")
+        if not self.load_best_model_at_end:
+            raise ValueError(
+                f"--early_stopping_patience {patience} needs --load_best_model_at_end true (and so the same "
+                "--eval_strategy and --save_strategy): the last model is not the best one then"
+            )
+        # A resumed run must count on where the interrupted one was.
+        self.restore_callback_states_from_checkpoint = True
 
 
 class _Parser(HfArgumentParser):

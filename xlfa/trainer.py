@@ -2,7 +2,9 @@
 the log."""
 
 import logging
+import shutil
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from xlfa.adapters import ADAPTER_FOLDER, plain_model
 from xlfa.arguments import InferenceArguments
 from xlfa.batching import GlobalBatches, label_counts, split_batch
+from xlfa.checkpoints import complete, data_identity, remove_old
 from xlfa.errors import XLFAError
 from xlfa.inference import InferenceOptions
 from xlfa.parallel import SOURCE_LANGUAGE, PairSampler
@@ -64,9 +68,18 @@ class XLFATrainer(Trainer):
         self.batches = self._global_batches()
         self._part_sums: dict[str, torch.Tensor] = {}
         self._steps_summed = 0
+        # Step, task_loss and ot_loss of the first batch whose loss was not finite. It stays on the device: to read it
+        # would wait for the batch.
+        self._first_broken = torch.full((3,), torch.inf, device=self.args.device)
 
     def _check_parts(self) -> None:
-        """Raise `XLFAError` where a batch is to be run in parts and cannot."""
+        """Raise `XLFAError` where a batch is to be run in parts, or gradients are to be compared, and cannot be."""
+        if self.args.ot_gradient_steps is not None:
+            flag = f"--ot_gradient_steps {self.args.ot_gradient_steps}: "
+            if self.pair_sampler is None:
+                raise XLFAError(flag + "there is no transport term to look at; give --ot_weight")
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise XLFAError(flag + "FSDP and DeepSpeed hold parts of the gradients only: leave it out")
         if self.args.max_tokens_per_batch is None:
             return
         flag = f"--max_tokens_per_batch {self.args.max_tokens_per_batch}: "
@@ -143,6 +156,9 @@ class XLFATrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Gradients of one batch, in parts of at most `--max_tokens_per_batch`."""
+        every = self.args.ot_gradient_steps
+        if every is not None and self.state.global_step % every == 0 and self.accelerator.sync_gradients:
+            self._log_gradient_norms(inputs)
         max_tokens = self.args.max_tokens_per_batch
         if max_tokens is None:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -156,6 +172,31 @@ class XLFATrainer(Trainer):
             with self.accelerator.no_sync(model):
                 loss += super().training_step(model, part, num_items_in_batch)
         return loss + super().training_step(model, last, num_items_in_batch)
+
+    def _log_gradient_norms(self, inputs: dict[str, Any]) -> None:
+        """Norms of the two gradients by all trained weights on a batch, and `ot_weight` times their ratio.
+
+        Without dropout and with running statistics: training goes on as if this had not been.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        batch = self._prepare_inputs({name: values for name, values in inputs.items() if name != SHARES})
+        model.eval()
+        with self.compute_loss_context_manager():
+            outputs = model(**batch)
+        norms = []
+        for loss in (outputs.task_loss, outputs.ot_loss):
+            gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+            parts = [torch.linalg.vector_norm(gradient) for gradient in gradients if gradient is not None]
+            norms.append(torch.linalg.vector_norm(torch.stack(parts)).item())
+        task, transport = norms
+        self.log(
+            {
+                "task_gradient_norm": task,
+                "ot_gradient_norm": transport,
+                "ot_gradient_ratio": model.config.ot_weight * transport / task,
+            }
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The batch's share of the step's loss: means over labels and over pairs, each weighted by its share."""
@@ -171,7 +212,24 @@ class XLFATrainer(Trainer):
             for name, values in outputs.ot_statistics.items():
                 self._add_part(f"ot_{name}", of_pairs, values)
         loss = sum(terms)
+        self._note_broken(loss, outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _note_broken(self, loss: torch.Tensor, outputs: Any) -> None:
+        parts = [loss.new_zeros(()) if part is None else part.mean() for part in (outputs.task_loss, outputs.ot_loss)]
+        present = torch.stack([loss.new_full((), self.state.global_step + 1), *parts]).detach().float()
+        sound = torch.isfinite(loss.detach()).all() | torch.isfinite(self._first_broken[0])
+        self._first_broken = torch.where(sound, self._first_broken, present)
+
+    def _check_losses(self) -> None:
+        """Raise `XLFAError` if the loss of some step so far, in some process, was not finite."""
+        step, task_loss, ot_loss = min(self.accelerator.gather(self._first_broken).view(-1, 3).tolist())
+        if step < torch.inf:
+            alignment = "" if self.pair_sampler is None else f", ot_loss {ot_loss:g}"
+            raise XLFAError(
+                f"step {step:.0f}: the loss is not finite (task_loss {task_loss:g}{alignment}). Go on from the last "
+                "checkpoint with a lower --learning_rate or --max_grad_norm"
+            )
 
     def _add_part(self, name: str, share: float, value: torch.Tensor) -> None:
         # One value a device where torch's DataParallel runs the model.
@@ -179,6 +237,7 @@ class XLFATrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the loss parts since the last line of the training log."""
+        self._check_losses()
         if "loss" in logs:
             logs |= self._mean_parts()
             if logs.get("ot_not_converged", 0) > 0:
@@ -228,17 +287,61 @@ class XLFATrainer(Trainer):
         entries = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
         return next((entry for entry in entries if any(name.startswith("eval_") for name in entry)), None)
 
+    @cached_property
+    def data_identity(self) -> dict[str, Any]:
+        """What stands in each checkpoint, and must be the same in a run that goes on from it."""
+        order = {
+            "seed": self.batches.seed,
+            "examples_a_step": self.batches.batch_size * self.args.gradient_accumulation_steps,
+            "train_sampling_strategy": self.args.train_sampling_strategy,
+            "dataloader_drop_last": self.args.dataloader_drop_last,
+        }
+        piece_weights = plain_model(self.accelerator.unwrap_model(self.model)).base_model.ot_idf
+        return data_identity(self.train_dataset, self.validation_windows, self.pair_sampler, piece_weights, order)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where the run that is resumed had come to its end: Trainer would take one step too many."""
+        stoppers = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        if self.state.global_step >= self.state.max_steps or any(
+            each.early_stopping_patience_counter >= each.early_stopping_patience for each in stoppers
+        ):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Raise `XLFAError` instead, if training has gone wrong: a checkpoint can always be trained on from."""
-        broken = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
-        if broken:
-            raise XLFAError(
-                f"step {self.state.global_step}: the weights of {broken[0]} are not finite; no checkpoint was written. "
-                "Go on from the last one with a lower --learning_rate or --max_grad_norm"
-            )
-        super()._save_checkpoint(model, trial)
+        """A checkpoint counts once it is complete; only then are older ones removed."""
+        self._check_losses()
+        checkpoint = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and checkpoint.exists():
+            # Of a sitting that was interrupted.
+            shutil.rmtree(checkpoint)
+        self.accelerator.wait_for_everyone()
+        limit = self.args.save_total_limit
+        # Trainer would remove the older ones first.
+        self.args.save_total_limit = None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                complete(checkpoint, self.data_identity)
+        except Exception:
+            # On a full disk what was written takes the space that it lacks.
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            remove_old(checkpoint, limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Raise `XLFAError` instead, if training has gone wrong: what is saved can be trained on from, and scored."""
+        broken = [name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all()]
+        if broken:
+            raise XLFAError(
+                f"step {self.state.global_step}: the weights of {broken[0]} are not finite; they were not saved. Go on "
+                "from the last checkpoint with a lower --learning_rate or --max_grad_norm"
+            )
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         # A pickle of the arguments, with local paths in it, that nothing reads: run.json holds them.
