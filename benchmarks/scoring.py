@@ -31,7 +31,7 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
-from machine import bfloat16_instructions, describe_commit, describe_processor
+from reporting import bfloat16_instructions, describe_commit, describe_processor, table
 from scoring_peers import BATCH_SIZE, N_BEST, Scored, score_languages
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
@@ -229,13 +229,6 @@ def untrained_model(task: Task, seed: int, folder: Path) -> None:
     labels = {"id2label": dict(enumerate(task.label_names))} if task.label_names else {}
     task.model_class.from_encoder(encoder, **labels).save_pretrained(folder)
     AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
-
-
-def table(lines: list[list[str]]) -> list[str]:
-    """The lines, headings first, as a Markdown table, aligned."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in ruled]
 
 
 def percent(share: float | None) -> str:

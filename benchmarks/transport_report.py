@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from machine import describe_commit, describe_processor
+from reporting import describe_commit, describe_processor
 from transport_cases import SETTINGS
 from transport_peers import END_TO_END, SOLVE, SOLVERS
 

@@ -251,6 +251,15 @@ class XLFAModel(XLFAPreTrainedModel):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         output = XLFAModelOutput()
+        # Before the task batch, whose statistics batch norm would already have taken in.
+        if source_input_ids is not None and target_input_ids is not None:
+            output.ot_loss, result = self.align(
+                _Sentences(source_input_ids, source_attention_mask, source_special_tokens_mask),
+                _Sentences(target_input_ids, target_attention_mask, target_special_tokens_mask),
+            )
+            output.ot_statistics = transport_statistics(result, self.config.ot_solver)
+        elif (source_input_ids is None) != (target_input_ids is None):
+            raise ValueError("alignment needs both source_input_ids and target_input_ids; one of them is missing")
         if input_ids is not None or inputs_embeds is not None:
             optional = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
             if attention_mask is None:
@@ -268,14 +277,6 @@ class XLFAModel(XLFAPreTrainedModel):
             output.last_hidden_state = self._fuse(states, attention_mask)
             output.hidden_states = tuple(states[layer] for layer in every) if output_hidden_states else None
             output.attentions = encoded.attentions if output_attentions else None
-        if source_input_ids is not None and target_input_ids is not None:
-            output.ot_loss, result = self.align(
-                _Sentences(source_input_ids, source_attention_mask, source_special_tokens_mask),
-                _Sentences(target_input_ids, target_attention_mask, target_special_tokens_mask),
-            )
-            output.ot_statistics = transport_statistics(result, self.config.ot_solver)
-        elif (source_input_ids is None) != (target_input_ids is None):
-            raise ValueError("alignment needs both source_input_ids and target_input_ids; one of them is missing")
         return output if return_dict else output.to_tuple()
 
     @property
@@ -451,8 +452,12 @@ class XLFAForQuestionAnswering(XLFAPreTrainedModel):
             # A position past the window's end counts as none: it is set to the first index there and ignored.
             past_end = start_logits.shape[1]
             criterion = CrossEntropyLoss(ignore_index=past_end)
-            start_loss = criterion(_at_least_float32(start_logits), start_positions.clamp(max=past_end))
-            end_loss = criterion(_at_least_float32(end_logits), end_positions.clamp(max=past_end))
+            # No answer stands in padding, on whose length the loss would depend.
+            start_scores, end_scores = (
+                _without_padding(_at_least_float32(logits), attention_mask) for logits in (start_logits, end_logits)
+            )
+            start_loss = criterion(start_scores, start_positions.clamp(max=past_end))
+            end_loss = criterion(end_scores, end_positions.clamp(max=past_end))
             task_loss = (start_loss + end_loss) / 2
         output = XLFAQuestionAnsweringOutput(
             loss=self.combine_losses(task_loss, encoded.ot_loss),
@@ -571,6 +576,12 @@ def transport_statistics(result: TransportResult, solver: str) -> dict[str, torc
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _without_padding(logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    if attention_mask is None:
+        return logits
+    return logits.masked_fill(attention_mask == 0, torch.finfo(logits.dtype).min)
 
 
 def _pad_to(tensor: torch.Tensor, length: int, value: int) -> torch.Tensor:

@@ -80,7 +80,7 @@ def batch():
 
 
 def test_parts_hold_every_example_and_pair_once_within_the_budget(batch):
-    parts = split_batch(batch, max_tokens=16)
+    parts = split_batch(batch, 16, 16)
     assert len(parts) > 2
     labels, sources = [], []
     for part, label_share, pair_share in parts:
@@ -102,9 +102,17 @@ def test_parts_hold_every_example_and_pair_once_within_the_budget(batch):
 
 
 def test_a_budget_for_all_leaves_one_part(batch):
-    [(part, label_share, pair_share)] = split_batch(batch, max_tokens=1000)
+    [(part, label_share, pair_share)] = split_batch(batch, 1000, 1000)
     assert (label_share, pair_share) == (1, 1)
     assert part.keys() == batch.keys() and sorted(part["labels"].tolist()) == [-100, 0, 0, 1, 2]
+
+
+@pytest.mark.parametrize(("limits", "sizes"), [((None, 12), [5, 3]), ((30, None), [5, 3]), ((None, None), [5, 3])])
+def test_examples_or_pairs_can_stay_together(batch, limits, sizes):
+    parts = split_batch(batch, *limits)
+    found = [[len(part[name]) for part, _, _ in parts if name in part] for name in ("input_ids", "source_input_ids")]
+    for limit, size, own in zip(limits, sizes, found):
+        assert sum(own) == size and (len(own) == 1) == (limit is None)
 
 
 def test_labels_are_counted_by_example():

@@ -85,7 +85,7 @@ class ModelArguments:
         if self.cache_trunk and not self.freeze_layers:
             raise ValueError("--cache_trunk stores the states of frozen layers: it needs --freeze_layers")
         if self.freeze_layers and self.peft is not None:
-            raise ValueError(f"--freeze_layers {self.freeze_layers} does not go with --peft: adapters are in all layers")
+            raise ValueError(f"--freeze_layers {self.freeze_layers} does not go with --peft: all layers have adapters")
         given = [name for name, value in vars(self).items() if name.startswith("lora_") and value is not None]
         if given and self.peft is None:
             raise ValueError(f"--{given[0]} applies only with --peft lora")
@@ -127,6 +127,9 @@ class DataArguments:
     parallel_filter: list[str] | None = option("column=value; only pairs for which all filters hold.")
     parallel_pairs_per_language: int | None = option("Use a seeded sample of that many pairs a language.")
     parallel_max_length: int = option("Pairs with a longer side, in tokens, are left out.", 128)
+    parallel_shuffled: bool = option(
+        "Pair each sentence with another one's translation: a control for what the alignment of true pairs does.", False
+    )
     ot_idf_file: str | None = option(
         "JSON object {piece: weight} for --ot_marginals idf; by default counted on the parallel text."
     )
@@ -162,8 +165,9 @@ class XLFATrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = option("Not used: a loss that is not finite ends the training.", False)
     report_to: None | str | list[str] = option("Trackers: tensorboard, trackio, wandb, …", "none")
     max_tokens_per_batch: int | None = option(
-        "Run a batch in parts of at most that many tokens, padding included, each of examples of similar length: less "
-        "padding and memory at the same loss."
+        "Run a batch in parts of examples, and of pairs, of similar length, with at most that many tokens, padding "
+        "included (2048 on a CPU; whole elsewhere): less padding and memory at the same loss. What batch norm or "
+        "--ot_center sees stays whole."
     )
 
     ot_gradient_steps: int | None = option(
@@ -238,7 +242,16 @@ def parse_arguments(types: list[type], argv: list[str], program: str, descriptio
 
 
 def yaml_flags(path: Path) -> list[str]:
-    """A YAML mapping as flags: `--key value`, lists as several values, mappings as JSON, null left out."""
+    """The mapping in a YAML file as flags; see `mapping_flags`."""
+    return mapping_flags(read_mapping(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        XLFAError: for a file that cannot be read, or holds something else.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -248,7 +261,12 @@ def yaml_flags(path: Path) -> list[str]:
     except yaml.YAMLError as error:
         raise XLFAError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
-        raise XLFAError(f"{path} must hold a mapping of flags to values")
+        raise XLFAError(f"{path} must hold a mapping of names to values")
+    return content
+
+
+def mapping_flags(content: dict[str, Any]) -> list[str]:
+    """A mapping as flags: `--key value`, lists as several values, mappings as JSON, null left out."""
     flags = []
     for key, value in content.items():
         if value is None:

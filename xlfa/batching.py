@@ -87,11 +87,14 @@ def label_counts(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return (labels != -100).long().reshape(len(labels), -1).sum(dim=1)
 
 
-def split_batch(batch: dict[str, torch.Tensor], max_tokens: int) -> list[tuple[dict[str, torch.Tensor], float, float]]:
-    """A batch in parts of examples, and of pairs, of similar length, each of at most `max_tokens` with its padding.
+def split_batch(
+    batch: dict[str, torch.Tensor], max_example_tokens: int | None, max_pair_tokens: int | None
+) -> list[tuple[dict[str, torch.Tensor], float, float]]:
+    """A batch in parts of examples, and of pairs, of similar length.
 
     Args:
         batch: task examples and perhaps parallel pairs, padded on the right.
+        max_example_tokens, max_pair_tokens: of a part, padding included; None leaves them together.
 
     Returns:
         Parts, each with its share of the batch's labels and its share of the pairs. The last part has of both, where
@@ -102,7 +105,7 @@ def split_batch(batch: dict[str, torch.Tensor], max_tokens: int) -> list[tuple[d
     counts = label_counts(examples)
     example_parts = [
         (_rows(examples, positions), int(counts[positions].sum()) / int(counts.sum()))
-        for positions in token_batches(_lengths(examples).tolist(), max_tokens)
+        for positions in _groups(_lengths(examples), max_example_tokens)
     ]
     pair_parts = []
     if all(sides):
@@ -110,7 +113,7 @@ def split_batch(batch: dict[str, torch.Tensor], max_tokens: int) -> list[tuple[d
         lengths = 2 * torch.stack([_lengths(side) for side in sides]).amax(dim=0)
         pair_parts = [
             ({**_rows(sides[0], positions), **_rows(sides[1], positions)}, len(positions) / len(lengths))
-            for positions in token_batches(lengths.tolist(), max_tokens)
+            for positions in _groups(lengths, max_pair_tokens)
         ]
     parts = list(zip_longest(example_parts, pair_parts, fillvalue=({}, 0.0)))
     # The longest, which are in the first parts, come last.
@@ -120,6 +123,10 @@ def split_batch(batch: dict[str, torch.Tensor], max_tokens: int) -> list[tuple[d
     ]
 
 
+def _groups(lengths: torch.Tensor, max_tokens: int | None) -> list[list[int]]:
+    return [list(range(len(lengths)))] if max_tokens is None else token_batches(lengths.tolist(), max_tokens)
+
+
 def _lengths(group: dict[str, torch.Tensor]) -> torch.Tensor:
     """Tokens of each row of columns with one attention mask among them, B."""
     return next(tensor for name, tensor in group.items() if name.endswith("attention_mask")).sum(dim=1)
@@ -127,7 +134,8 @@ def _lengths(group: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def _rows(group: dict[str, torch.Tensor], positions: list[int]) -> dict[str, torch.Tensor]:
     """Rows of columns that share a length, without what is padding in all of them."""
-    longest = int(_lengths(group)[positions].max())
+    # None for a stand-in without a token.
+    longest = int(_lengths(group)[positions].max()) or None
     return {
         name: tensor[positions, :longest] if tensor.dim() == 2 else tensor[positions] for name, tensor in group.items()
     }

@@ -318,11 +318,11 @@ def describe_alignment(config: XLFAConfig) -> str:
 
 def describe_epsilon(trained: TrainedRun) -> str:
     """The epsilon, its unit, how it was chosen, and what it means for these weights."""
-    config, run = trained.config, trained.run
+    config = trained.config
     unit = EPSILON_UNITS[config.ot_epsilon_scale]
     value = f"ot_epsilon {config.ot_epsilon}, in units of ot_epsilon_scale {config.ot_epsilon_scale}: {unit}."
-    given = run["model_arguments"].get("ot_epsilon") is not None
-    chosen = run.get("epsilon_choice") or ("given, not tuned" if given else "the default, not tuned")
+    given = trained.run["model_arguments"].get("ot_epsilon") is not None
+    chosen = "given to the training command; how it was found is not recorded" if given else "the default, not tuned"
     parts = [value, f"How it was chosen: {chosen}."]
     if config.ot_weight == 0:
         parts.append("The alignment term was off, so no weight depends on it.")

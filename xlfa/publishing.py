@@ -39,11 +39,10 @@ from modeling_xlfa.configuration_xlfa import AUTO_MAP
 from xlfa.card import TrainedRun, eval_result_entries, looks_local, render_card, score_table
 from xlfa.errors import XLFAError
 from xlfa.files import building_folder
+from xlfa.run_file import RUN_FILE, is_finished
 from xlfa.scores import SCHEMA_VERSION, SCORES_FILE
 from xlfa.tasks import TASKS
 
-# As `xlfa.training` writes it, which may import this module.
-RUN_FILE = "run.json"
 TOKENIZER_NAME = "tokenizer.json"
 # Beside tokenizer.json; none of them is a program or a pickle.
 TOKENIZER_FILES = (
@@ -182,13 +181,18 @@ def read_run(run_dir: Path) -> TrainedRun:
     folder = run_dir.resolve()
     if not folder.is_dir():
         raise XLFAError(f"no run folder {run_dir}: give the --output_dir of a training run")
+    run = read_json(folder, RUN_FILE)
+    if not is_finished(run):
+        raise XLFAError(
+            f"{run_dir} holds a run that was not finished ({RUN_FILE} has no validation scores): go on with the "
+            "command that began it and --resume_from_checkpoint true"
+        )
     for name in weight_files(folder):
         if name != SAFE_WEIGHTS_INDEX_NAME:
             check_safetensors(own_file(folder, name))
     if not (folder / TOKENIZER_NAME).is_file():
         raise XLFAError(f"{run_dir} holds no tokenizer ({TOKENIZER_NAME}): give the --output_dir of a training run")
     config = read_config(folder)
-    run = read_json(folder, RUN_FILE)
     if run.get("task") not in TASKS:
         raise XLFAError(f"{folder / RUN_FILE} is of the task {run.get('task')!r}; there are: {', '.join(TASKS)}")
     check_head(config, run["task"], folder / RUN_FILE)
@@ -250,7 +254,7 @@ def weight_files(folder: Path) -> list[str]:
         return [SAFE_WEIGHTS_NAME]
     if (folder / "adapter_config.json").is_file():
         raise XLFAError(
-            f"{folder} holds an adapter: publish it by PEFT's push_to_hub, or merge it into the model first"
+            f"{folder} holds an adapter: publish it with `hf upload`, or merge it into the model first"
         )
     raise XLFAError(f"{folder} has no weights ({SAFE_WEIGHTS_NAME}; pickles are not published): train the model first")
 

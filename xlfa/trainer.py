@@ -23,7 +23,7 @@ from xlfa.arguments import InferenceArguments
 from xlfa.batching import GlobalBatches, label_counts, split_batch
 from xlfa.checkpoints import complete, data_identity, remove_old
 from xlfa.errors import XLFAError
-from xlfa.inference import InferenceOptions
+from xlfa.inference import TOKENS_ON_CPU, InferenceOptions
 from xlfa.parallel import SOURCE_LANGUAGE, PairSampler
 from xlfa.portable_tokenizer import make_portable
 from xlfa.prediction import predict
@@ -82,16 +82,22 @@ class XLFATrainer(Trainer):
                 raise XLFAError(flag + "FSDP and DeepSpeed hold parts of the gradients only: leave it out")
         if self.args.max_tokens_per_batch is None:
             return
-        flag = f"--max_tokens_per_batch {self.args.max_tokens_per_batch}: "
-        config = plain_model(self.model).config
-        if config.fusion in ("dlfa", "aff") and config.fusion_norm == "batch":
-            raise XLFAError(
-                flag + "batch norm needs the whole batch at once: leave it out, or take --fusion_norm layer or none"
-            )
-        if self.pair_sampler is not None and config.ot_center:
-            raise XLFAError(flag + "--ot_center takes means over the whole batch: leave one of the two out")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise XLFAError(flag + "FSDP and DeepSpeed need as many parts in every process: leave it out")
+            raise XLFAError(
+                f"--max_tokens_per_batch {self.args.max_tokens_per_batch}: FSDP and DeepSpeed need as many parts in "
+                "every process: leave it out"
+            )
+
+    def _most_tokens(self) -> tuple[int | None, int | None]:
+        """Tokens of a part of the examples and of the pairs of a batch; None where they stay whole."""
+        most = self.args.max_tokens_per_batch
+        if most is None and self.args.device.type == "cpu" and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            most = TOKENS_ON_CPU
+        return None if self._has_batch_norm() else most, None if plain_model(self.model).config.ot_center else most
+
+    def _has_batch_norm(self) -> bool:
+        config = plain_model(self.model).config
+        return config.fusion in ("dlfa", "aff") and config.fusion_norm == "batch"
 
     def _global_batches(self) -> GlobalBatches:
         args = self.args
@@ -139,6 +145,9 @@ class XLFATrainer(Trainer):
         totals = torch.tensor([[sum(labels), sum(pairs)]], device=device)
         labels_of_all, pairs_of_all = self.accelerator.gather(totals).sum(dim=0).tolist()
         for index, batch in enumerate(batches):
+            if not positions[index] and self._has_batch_norm():
+                # Its tokens must not enter the statistics of all processes.
+                batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
             if self.pair_sampler is not None:
                 offset = index * self.batches.batch_size
                 drawn = [offset + position for position in positions[index] or [0]]
@@ -159,13 +168,10 @@ class XLFATrainer(Trainer):
         every = self.args.ot_gradient_steps
         if every is not None and self.state.global_step % every == 0 and self.accelerator.sync_gradients:
             self._log_gradient_norms(inputs)
-        max_tokens = self.args.max_tokens_per_batch
-        if max_tokens is None:
-            return super().training_step(model, inputs, num_items_in_batch)
         of_labels, of_pairs = inputs.pop(SHARES)
         *parts, last = (
             {**part, SHARES: (of_labels * label_share, of_pairs * pair_share)}
-            for part, label_share, pair_share in split_batch(inputs, max_tokens)
+            for part, label_share, pair_share in split_batch(inputs, *self._most_tokens())
         )
         loss = torch.zeros((), device=self.args.device)
         for part in parts:
@@ -343,12 +349,14 @@ class XLFATrainer(Trainer):
                 "from the last checkpoint with a lower --learning_rate or --max_grad_norm"
             )
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         # A pickle of the arguments, with local paths in it, that nothing reads: run.json holds them.
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         make_portable(self.processing_class, folder)
         model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel) and self.args.should_save:
+        if isinstance(model, PeftModel):
             # PEFT's own files do not say what the adapters are of.
             model.config.save_pretrained(folder)
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains and scores the models of results/tasks.
-# Usage: results/tasks/run.sh DATA_ROOT [train|taggers|pawsx|retrieval|rankc …]   (by default all of them, in this order)
+# Usage: results/tasks/run.sh DATA_ROOT [train|taggers|xnli|xquad|pawsx|retrieval|rankc …]
+# (by default all of them, in this order)
 # Finished models and scores are kept, so it can be started again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -26,7 +27,7 @@ score() { # run folder, task, data root, folder of the scores, flags
 }
 
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(train taggers pawsx retrieval rankc)
+[ ${#parts[@]} -gt 0 ] || parts=(train taggers xnli xquad pawsx retrieval rankc)
 for part in "${parts[@]}"; do
   case $part in
     train)
@@ -38,7 +39,7 @@ for part in "${parts[@]}"; do
       for weight in 0 0.1; do
         train "runs/tasks/alignment/ot_weight-$weight" alignment "$data_root" --ot_weight "$weight"
       done
-      # For benchmarks/scoring.py; not scored here.
+      # Made for benchmarks/scoring.py.
       train runs/tasks/xquad xquad "$data_root"
       ;;
     taggers)
@@ -49,6 +50,17 @@ for part in "${parts[@]}"; do
         accelerate launch --config_file configs/accelerate/cpu.yaml eval_xlfa.py --task "$task" \
           --compare "$results/$task/none" "$results/$task/dlfa" --output_dir "$results/$task"
       done
+      ;;
+    xnli)
+      for weight in 0 0.1; do
+        score "runs/tasks/alignment/ot_weight-$weight" xnli "$data_root" "$results/xnli/ot_weight-$weight" \
+          --max_examples 620
+      done
+      accelerate launch --config_file configs/accelerate/cpu.yaml eval_xlfa.py --task xnli \
+        --compare "$results/xnli/ot_weight-0" "$results/xnli/ot_weight-0.1" --output_dir "$results/xnli"
+      ;;
+    xquad)
+      score runs/tasks/xquad xquad "$data_root" "$results/xquad" --max_examples 120
       ;;
     pawsx)
       [ -d runs/tasks/pawsx_root ] || python results/tasks/split_pawsx.py "$data_root" runs/tasks/pawsx_root

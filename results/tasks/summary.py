@@ -6,6 +6,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 MODELS = {"before": "before", "ot_weight-0": "after, without OT", "ot_weight-0.1": "after, with OT"}
+# What is compared, and how the difference is called.
+TAGGERS = {"none": "plain", "dlfa": "DLFA"}, "DLFA - plain"
+ALIGNED = {"ot_weight-0": "without OT", "ot_weight-0.1": "with OT"}, "with - without"
 
 
 def read(*parts: str) -> dict[str, Any]:
@@ -20,20 +23,20 @@ def with_interval(value: float, interval: list[float] | None) -> str:
     return f"{value:.1f}" if interval is None else f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
 
 
-def tagging(task: str, metric: str) -> str:
-    """Both models and their difference, a row a language and mean; `scores.json` has the families too."""
+def comparison(task: str, metric: str, models: dict[str, str], difference: str) -> str:
+    """Two models, as folder → heading, and their difference, a row a language and mean; `scores.json` has families."""
     found = read(task, "compare.json")
-    plain, dlfa = (read(task, fusion, "scores.json") for fusion in ("none", "dlfa"))
+    first, second = (read(task, folder, "scores.json") for folder in models)
     rows = []
     for name, row in found["differences"].items():
         cell = row[metric]
-        if cell["difference"] is None or name in plain["families"]:
+        if cell["difference"] is None or name in first["families"]:
             continue
-        values = [row_of(scores, name) for scores in (plain, dlfa)]
+        values = [row_of(scores, name) for scores in (first, second)]
         cells = [with_interval(score[metric], interval[metric]) for score, interval in values]
         p = cell.get("p_adjusted", cell["p"])
         rows.append([name, *cells, with_interval(cell["difference"], cell["interval"]), f"{p:.3f}"])
-    return markdown([f"{task}, {metric}", "plain", "DLFA", "DLFA - plain", "p"], rows)
+    return markdown([f"{task}, {metric}", *models.values(), difference, "p"], rows)
 
 
 def row_of(scores: dict[str, Any], name: str) -> tuple[dict, dict]:
@@ -51,18 +54,14 @@ def missed(task: str) -> str:
     return f"{task}: words missed behind the limit or without a piece: {listed or 'none'} (others below 0.05 %)"
 
 
-def pawsx() -> str:
-    scores = read("pawsx", "scores.json")
-    rows = [
-        [
-            name,
-            with_interval(values["accuracy"], intervals["accuracy"]),
-            with_interval(values["majority_rate"], intervals["majority_rate"]),
-        ]
-        for name in (*scores["languages"], "average")
-        for values, intervals in [row_of(scores, name)]
-    ]
-    return markdown(["pawsx", "accuracy", "majority rate"], rows)
+def single(task: str, *metrics: str) -> str:
+    """One model: a row a language and their mean, a column a metric; `scores.json` has other means."""
+    scores = read(task, "scores.json")
+    rows = []
+    for name in (*scores["languages"], "average"):
+        values, intervals = row_of(scores, name)
+        rows.append([name, *(with_interval(values[metric], intervals[metric]) for metric in metrics)])
+    return markdown([task, *(metric.replace("_", " ") for metric in metrics)], rows)
 
 
 def retrieval() -> str:
@@ -108,8 +107,10 @@ def rankc() -> str:
 
 
 def main() -> None:
-    sections = [tagging("wikiann", "f1"), missed("wikiann"), tagging("udpos", "f1"), tagging("udpos", "accuracy")]
-    sections += [missed("udpos"), pawsx(), retrieval(), retrieval_by_language(), rankc()]
+    sections = [comparison("wikiann", "f1", *TAGGERS), missed("wikiann")]
+    sections += [comparison("udpos", metric, *TAGGERS) for metric in ("f1", "accuracy")]
+    sections += [missed("udpos"), comparison("xnli", "accuracy", *ALIGNED), single("xquad", "f1", "exact_match")]
+    sections += [single("pawsx", "accuracy", "majority_rate"), retrieval(), retrieval_by_language(), rankc()]
     print("\n\n".join(sections))
 
 

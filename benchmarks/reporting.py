@@ -1,4 +1,4 @@
-"""What a benchmark's figures depend on beside its settings: the processor and the commit."""
+"""Parts of every benchmark's report: processor and commit, which its figures depend on, and tables."""
 
 import os
 import subprocess
@@ -22,6 +22,13 @@ def describe_commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return found.stdout.strip() or "not a git checkout"
+
+
+def table(lines: list[list[str]]) -> list[str]:
+    """The lines, headings first, as a Markdown table, aligned."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in ruled]
 
 
 def _cpuinfo(*fields: str) -> list[str]:
