@@ -319,7 +319,7 @@ def test_a_folder_that_lacks_a_part(copy, name, message):
 def test_an_adapter_is_left_to_peft(copy):
     (copy / "model.safetensors").unlink()
     (copy / "adapter_config.json").write_text("{}")
-    with pytest.raises(XLFAError, match="PEFT's push_to_hub"):
+    with pytest.raises(XLFAError, match="publish it with `hf upload`"):
         read_run(copy)
 
 
