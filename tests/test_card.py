@@ -211,6 +211,7 @@ def test_limits_follow_from_the_run(trained):
 def test_trained_parameters_are_named(trained):
     assert "| trained parameters | all |" in card_of(trained)
     assert "all but the word embeddings" in card_of(change(trained, model_arguments={"freeze_word_embeddings": True}))
+    assert "layers above 3; fusion and head in full" in card_of(change(trained, model_arguments={"freeze_layers": 3}))
     adapted = card_of(change(trained, model_arguments={"peft": "lora", "lora_r": 4}))
     assert "(LoRA), merged into the weights" in adapted and "--peft lora --lora_r 4" in adapted
 

@@ -356,6 +356,8 @@ def describe_trained_parameters(arguments: dict[str, Any]) -> str:
     """Which of the model's parameters training changed."""
     if arguments.get("peft") is not None:
         return "low-rank adapters of the encoder (LoRA), merged into the weights; fusion and head in full"
+    if arguments.get("freeze_layers"):
+        return f"of the encoder the layers above {arguments['freeze_layers']}; fusion and head in full"
     return "all but the word embeddings" if arguments.get("freeze_word_embeddings") else "all"
 
 
