@@ -139,6 +139,25 @@ def test_epsilon_can_be_overridden_at_loading(saved):
 
 
 @every_head_and_encoder
+@torch.no_grad()
+def test_a_layer_is_aligned_without_those_above_it(saved):
+    model = saved.load(ot_layer=2, ot_epsilon=0.1)
+    assert_same(model(**saved.pairs()).ot_loss, saved.outputs["ot_loss_of_layer_2"])
+
+
+@every_head_and_encoder
+def test_frozen_layers_are_not_trained(saved):
+    model = saved.load(freeze_layers=3).train()
+    model(**saved.inputs).loss.backward()
+    layers = {
+        name.split("layer.")[1][0] if "layer." in name else name.split("layers.")[1][0]
+        for name, weight in model.xlfa.encoder.named_parameters()
+        if weight.grad is not None
+    }
+    assert layers == {"3"}
+
+
+@every_head_and_encoder
 @pytest.mark.parametrize("option", ["dtype", "torch_dtype"])
 @torch.no_grad()
 def test_bfloat16_weights_keep_the_loss_in_float32(saved, option):

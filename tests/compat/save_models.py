@@ -63,6 +63,8 @@ def save_model(folder: Path, encoder: str, head: str, fusion: str) -> None:
     expected["last_hidden_state"] = model.xlfa(**task_inputs()).last_hidden_state
     model.config.ot_epsilon = 0.1
     expected["ot_loss_at_0.1"] = model(**pair_inputs()).ot_loss
+    model.config.ot_layer = 2
+    expected["ot_loss_of_layer_2"] = model(**pair_inputs()).ot_loss
     tensors = {f"input/{name}": value for name, value in inputs.items()}
     tensors |= {f"output/{name}": value.contiguous() for name, value in expected.items()}
     save_file(tensors, f"{folder}.safetensors")
