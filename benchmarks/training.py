@@ -50,7 +50,7 @@ from xlfa.parallel import PairSampler, load_parallel
 from xlfa.tasks import Task, get_task
 from xlfa.trainer import XLFATrainer
 from xlfa.training import use_compiled_solver
-from xlfa.vocabulary import trim_vocabulary
+from xlfa.vocabulary.trimming import trim_vocabulary
 
 # Side → fields of the config; where there is no transport term, the pairs are encoded all the same.
 SIDES = {

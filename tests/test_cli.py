@@ -31,6 +31,13 @@ def test_help_of_a_command_explains_its_flags(command, capsys):
     assert "--data_root" in capsys.readouterr().out
 
 
+def test_help_of_vocab_has_its_commands(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["vocab", "--help"])
+    assert done.value.code == 0
+    assert "xlfa vocab augment --model" in capsys.readouterr().out
+
+
 def test_a_user_error_is_one_line_and_exit_status_2(capsys):
     with pytest.raises(SystemExit) as done:
         main(["eval", "--model", "/nowhere", "--task", "xnli", "--data_root", "sample"])

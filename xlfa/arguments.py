@@ -66,6 +66,9 @@ class ModelArguments:
     trim_vocab: bool = option(
         "Keep only the vocabulary that the training, parallel and scored texts of the task need.", False
     )
+    new_pieces_learning_rate: float | None = option(
+        "Learning rate of the embeddings that `xlfa vocab augment` added; by default --learning_rate."
+    )
     peft: str | None = field(
         default=None,
         metadata={
@@ -82,6 +85,15 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        rate = self.new_pieces_learning_rate
+        if rate is not None:
+            if rate <= 0:
+                raise ValueError(f"--new_pieces_learning_rate {rate}: above 0")
+            if self.peft is not None or self.freeze_word_embeddings or self.freeze_layers:
+                raise ValueError(
+                    f"--new_pieces_learning_rate {rate}: word embeddings are not trained with --peft, "
+                    "--freeze_word_embeddings or --freeze_layers: leave one of the two out"
+                )
         if self.cache_trunk and not self.freeze_layers:
             raise ValueError("--cache_trunk stores the states of frozen layers: it needs --freeze_layers")
         if self.freeze_layers and self.peft is not None:
@@ -99,6 +111,7 @@ class ModelArguments:
     def config_fields(self) -> dict[str, Any]:
         """The `XLFAConfig` fields that were given."""
         own = {"model", "encoder_config", "freeze_word_embeddings", "cache_trunk", "trim_vocab", "peft"}
+        own.add("new_pieces_learning_rate")
         own |= {name for name in vars(self) if name.startswith("lora_")}
         given = {
             name: value for name, value in dataclasses.asdict(self).items() if value is not None and name not in own

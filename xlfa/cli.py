@@ -14,6 +14,8 @@ EXAMPLES = """examples:
   xlfa push runs/xquad org/xquad-dlfa --revision-tag v1
   xlfa retrieval --model packaged:multilingual-e5-small --languages de ru --output_dir runs/retrieval
   xlfa rankc --model packaged:multilingual-e5-small --dataset local/bmlama17 --data_root … --output_dir runs/rankc
+  xlfa vocab augment --model xlm-roberta-base --texts greek.txt --pieces 1000 --output_dir encoders/greek
+  xlfa study run configs/study/epsilon.yaml --data_root …
   xlfa backbone packaged:multilingual-e5-small
 
 `xlfa train` and `xlfa eval` run one process; on several devices use
@@ -72,6 +74,18 @@ def _rankc(argv: list[str]) -> None:
     consistency_main(argv)
 
 
+def _vocab(argv: list[str]) -> None:
+    from xlfa.vocabulary.commands import main as vocabulary_main
+
+    vocabulary_main(argv)
+
+
+def _study(argv: list[str]) -> None:
+    from xlfa.study.commands import main as study_main
+
+    study_main(argv)
+
+
 def _backbone(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="xlfa backbone", description="Build an encoder from PyPI packages and print the folder it lies in."
@@ -91,5 +105,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "push": _push,
     "retrieval": _retrieval,
     "rankc": _rankc,
+    "vocab": _vocab,
+    "study": _study,
     "backbone": _backbone,
 }

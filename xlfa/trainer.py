@@ -13,6 +13,7 @@ from accelerate.data_loader import DataLoaderShard
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -28,6 +29,7 @@ from xlfa.parallel import SOURCE_LANGUAGE, PairSampler
 from xlfa.portable_tokenizer import make_portable
 from xlfa.prediction import predict
 from xlfa.tasks import Task
+from xlfa.vocabulary.rates import scale_row_steps
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class XLFATrainer(Trainer):
         pair_sampler: None without the alignment term.
         validation_rows: English examples, scored by `evaluate`.
         validation_windows: of these rows.
+        new_pieces: rows of the word embeddings and their learning rate, where they have one of their own.
     """
 
     # `compute_loss` weighs each batch by its share of the step; Trainer would divide by the accumulation steps.
@@ -58,13 +61,17 @@ class XLFATrainer(Trainer):
         pair_sampler: PairSampler | None,
         validation_rows: Dataset,
         validation_windows: Dataset,
+        new_pieces: tuple[slice, float] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, eval_dataset=validation_rows, **kwargs)
         self.task = task
+        self.new_pieces = new_pieces
         self.pair_sampler = pair_sampler
         self.validation_rows, self.validation_windows = validation_rows, validation_windows
         self._check_parts()
+        if self.is_fsdp_enabled:
+            self._name_sharded_layers()
         self.batches = self._global_batches()
         self._part_sums: dict[str, torch.Tensor] = {}
         self._steps_summed = 0
@@ -86,6 +93,21 @@ class XLFATrainer(Trainer):
             raise XLFAError(
                 f"--max_tokens_per_batch {self.args.max_tokens_per_batch}: FSDP and DeepSpeed need as many parts in "
                 "every process: leave it out"
+            )
+
+    def _name_sharded_layers(self) -> None:
+        """Tell FSDP to shard each layer of the encoder, and the fusion, on its own.
+
+        By default accelerate takes all that a model does not split. Of most encoders that is the module around the word
+        embeddings too, which accelerate shards by themselves: the second time fails.
+        """
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.transformer_cls_names_to_wrap is None:
+            model = plain_model(self.model)
+            embeddings = model.get_input_embeddings()
+            whole = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+            plugin.transformer_cls_names_to_wrap = sorted(
+                {type(module).__name__ for module in whole if embeddings not in module.modules()}
             )
 
     def _most_tokens(self) -> tuple[int | None, int | None]:
@@ -111,6 +133,16 @@ class XLFATrainer(Trainer):
             grouped=args.gradient_accumulation_steps,
             drop_last=args.dataloader_drop_last,
         )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimizer, in which new pieces of the vocabulary have a learning rate of their own."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.new_pieces is not None:
+            rows, rate = self.new_pieces
+            weight = self.accelerator.unwrap_model(self.model).get_input_embeddings().weight
+            scale_row_steps(optimizer, weight, rows, rate / self.args.learning_rate)
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of `GlobalBatches`, which are this process's already: accelerate must not deal them out again."""
@@ -207,7 +239,12 @@ class XLFATrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The batch's share of the step's loss: means over labels and over pairs, each weighted by its share."""
         of_labels, of_pairs = inputs.pop(SHARES)
-        outputs = model(**inputs)
+        try:
+            outputs = model(**inputs)
+        except ValueError as error:
+            # The transport term refuses states that are not finite, which broken weights give it.
+            self._check_losses(self._first_broken)
+            raise XLFAError(f"step {self.state.global_step + 1}: {error}") from error
         terms = []
         if outputs.task_loss is not None:
             terms.append(of_labels * outputs.task_loss)
@@ -227,9 +264,9 @@ class XLFATrainer(Trainer):
         sound = torch.isfinite(loss.detach()).all() | torch.isfinite(self._first_broken[0])
         self._first_broken = torch.where(sound, self._first_broken, present)
 
-    def _check_losses(self) -> None:
-        """Raise `XLFAError` if the loss of some step so far, in some process, was not finite."""
-        step, task_loss, ot_loss = min(self.accelerator.gather(self._first_broken).view(-1, 3).tolist())
+    def _check_losses(self, first_broken: torch.Tensor) -> None:
+        """Raise `XLFAError` if the loss of some step so far was not finite, in one of the given processes."""
+        step, task_loss, ot_loss = min(first_broken.view(-1, 3).tolist())
         if step < torch.inf:
             alignment = "" if self.pair_sampler is None else f", ot_loss {ot_loss:g}"
             raise XLFAError(
@@ -243,7 +280,7 @@ class XLFATrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the loss parts since the last line of the training log."""
-        self._check_losses()
+        self._check_losses(self.accelerator.gather(self._first_broken))
         if "loss" in logs:
             logs |= self._mean_parts()
             if logs.get("ot_not_converged", 0) > 0:
@@ -261,7 +298,8 @@ class XLFATrainer(Trainer):
         """The means of the loss parts over the steps since the last call."""
         means = {
             name: self.accelerator.reduce(total / self._steps_summed, reduction="mean").item()
-            for name, total in self._part_sums.items()
+            # In the same order in every process: one whose first part has no examples adds ot_loss first.
+            for name, total in sorted(self._part_sums.items())
         }
         self._part_sums, self._steps_summed = {}, 0
         return means
@@ -317,7 +355,7 @@ class XLFATrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint counts once it is complete; only then are older ones removed."""
-        self._check_losses()
+        self._check_losses(self.accelerator.gather(self._first_broken))
         checkpoint = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save and checkpoint.exists():
             # Of a sitting that was interrupted.
@@ -348,6 +386,10 @@ class XLFATrainer(Trainer):
                 f"step {self.state.global_step}: the weights of {broken[0]} are not finite; they were not saved. Go on "
                 "from the last checkpoint with a lower --learning_rate or --max_grad_norm"
             )
+        if isinstance(self.model, FSDPModule):
+            # torch derived its class from the model's: save_pretrained would name it and copy torch's code.
+            derived, _, own, *_ = type(self.model).__mro__
+            derived.__name__, derived.__module__ = own.__name__, own.__module__
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return

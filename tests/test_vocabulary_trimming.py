@@ -5,31 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    BertTokenizer,
-    PreTrainedTokenizerFast,
-    XLMRobertaTokenizer,
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import AutoModel, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
+from vocabulary_encoders import (
+    BERT_TOKENS,
+    KEPT,
+    OTHER,
+    last_states,
+    pieces,
+    save_encoder,
+    unigram_tokenizer,
+    wordpiece_backend,
 )
 
 from xlfa.backbones import resolve_encoder
 from xlfa.data import load_rows
 from xlfa.errors import XLFAError
-from xlfa.vocabulary import trim_vocabulary, used_ids
-
-KEPT = ["The cat sat on the mat.", "Der Kater saß auf der Matte."]
-OTHER = ["A dog runs home.", "Ein Hund läuft heim."]
-BERT_TOKENS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+from xlfa.vocabulary.trimming import trim_vocabulary, used_ids
 
 
 @pytest.fixture(scope="module")
@@ -45,43 +37,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def save_encoder(folder, tokenizer, seed=0):
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    return str(folder)
-
-
-def unigram_tokenizer():
-    backend = Tokenizer(models.Unigram())
-    backend.normalizer = normalizers.NFKC()
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>")
-    backend.train_from_iterator((KEPT + OTHER) * 3, trainer)
-    backend.add_special_tokens(["<mask>"])
-    return XLMRobertaTokenizer(tokenizer_object=backend, model_max_length=64)
-
-
-def wordpiece_backend():
-    """Special tokens stand behind the first letters, as BERT's do not stand at 0, 1, 2 either."""
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=False)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", *(f"[unused{number}]" for number in range(9)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=160, special_tokens=special)
-    backend.train_from_iterator((KEPT + OTHER) * 3, trainer)
-    return backend
-
-
 @pytest.fixture
 def unigram(tmp_path):
     return save_encoder(tmp_path / "unigram", unigram_tokenizer())
@@ -91,19 +46,6 @@ def unigram(tmp_path):
 def wordpiece(tmp_path):
     tokenizer = BertTokenizer(tokenizer_object=wordpiece_backend(), do_lower_case=True)
     return save_encoder(tmp_path / "wordpiece", tokenizer)
-
-
-def pieces(folder, texts):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(texts)["input_ids"]]
-
-
-def last_states(folder, texts):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    with torch.inference_mode():
-        inputs = tokenizer(texts, padding=True, return_tensors="pt")
-        states = AutoModel.from_pretrained(folder).eval()(**inputs).last_hidden_state
-    return states * inputs["attention_mask"].unsqueeze(-1)
 
 
 @pytest.mark.parametrize("kind", ["unigram", "wordpiece"])
@@ -148,7 +90,7 @@ def test_a_cached_folder_is_reused_and_other_text_gets_another_one(unigram, cach
 def test_used_ids_of_many_texts_are_those_of_all_batches(unigram, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(unigram)
     expected = {id for ids in tokenizer(KEPT + OTHER)["input_ids"] for id in ids} | set(tokenizer.all_special_ids)
-    monkeypatch.setattr("xlfa.vocabulary.BATCH", 3)
+    monkeypatch.setattr("xlfa.vocabulary.trimming.BATCH", 3)
     assert used_ids(tokenizer, iter(KEPT + OTHER)) == sorted(expected)
 
 

@@ -1,0 +1,106 @@
+"""The command line of `xlfa vocab`: trim or augment the vocabulary of an encoder."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from xlfa.errors import XLFAError
+from xlfa.vocabulary.augmentation import INITIALISATIONS, choose_pieces, piece_model, write_augmented
+from xlfa.vocabulary.folders import NEW_PIECES_FILE, Source, check_new_folder, new_folder
+from xlfa.vocabulary.texts import check_text_files, read_sentences
+from xlfa.vocabulary.trimming import kept_ids, write_trimmed
+
+TRIM = "trim"
+EPILOG = """examples:
+  xlfa vocab trim --model xlm-roberta-base --texts el.txt en.txt --output_dir encoders/small
+  xlfa vocab augment --model xlm-roberta-base --texts el.txt --pieces 1000 --output_dir encoders/greek
+  train_xlfa.py --model encoders/greek …
+
+trim keeps the pieces that the texts use; on these texts the encoder computes the same as before.
+augment adds pieces trained on the texts (Chau & Smith 2021); they want training: old pieces keep their ids.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `xlfa vocab`."""
+    arguments = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    check_text_files(arguments.texts)
+    check_new_folder(arguments.output_dir)
+    with _naming(arguments.model):
+        source = Source.open(arguments.model)
+    if arguments.command == TRIM:
+        _trim(source, arguments)
+    else:
+        _augment(source, arguments)
+    print(f"written to {arguments.output_dir}: a folder for --model")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xlfa vocab",
+        description="Fit the vocabulary of an encoder to text.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="trim|augment")
+    trim = commands.add_parser(TRIM, help="keep only the pieces that texts use")
+    augment = commands.add_parser("augment", help="add pieces of a language")
+    for command in (trim, augment):
+        command.add_argument("--model", required=True, metavar="ENCODER", help="Hub id, folder or packaged: name")
+        command.add_argument(
+            "--texts", required=True, nargs="+", metavar="FILE", help="UTF-8 text of any size, one sentence a line"
+        )
+        command.add_argument(
+            "--output_dir", "--output-dir", required=True, metavar="DIR", help="new folder for encoder and tokenizer"
+        )
+    augment.add_argument("--pieces", required=True, type=_positive, metavar="N", help="how many pieces are added")
+    augment.add_argument(
+        "--initialisation",
+        choices=INITIALISATIONS,
+        default=INITIALISATIONS[0],
+        help="of new embeddings: mean of the old pieces each replaces (default), or random",
+    )
+    augment.add_argument("--seed", type=int, default=0, help="of --initialisation random (0)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return number
+
+
+@contextmanager
+def _naming(model: str) -> Iterator[None]:
+    """Turn what transformers raises for an encoder that is not there into an `XLFAError` that names `--model`."""
+    try:
+        yield
+    except XLFAError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise XLFAError(f"--model {model}: no such encoder on the Hub or as a folder ({error})") from None
+
+
+def _trim(source: Source, arguments: argparse.Namespace) -> None:
+    kept = kept_ids(source, read_sentences(arguments.texts, "reading"))
+    with new_folder(arguments.output_dir) as folder:
+        write_trimmed(source, kept, folder)
+    print(f"kept {len(kept)} of {len(source.tokenizer)} pieces")
+
+
+def _augment(source: Source, arguments: argparse.Namespace) -> None:
+    model = piece_model(source)
+    augmentation = choose_pieces(
+        model, lambda description: read_sentences(arguments.texts, description), arguments.pieces
+    )
+    with new_folder(arguments.output_dir) as folder:
+        write_augmented(source, model, augmentation, arguments.initialisation, arguments.seed, folder)
+    last = model.first_id + len(augmentation.pieces) - 1
+    print(f"added {len(augmentation.pieces)} pieces with the ids {model.first_id} to {last}, in {NEW_PIECES_FILE}")
+    print("first of them:", *augmentation.pieces[:10])
+    for name, found in (("before", augmentation.before), ("after", augmentation.after)):
+        print(f"{name}: {found.pieces_per_word:.3f} pieces a word, {100 * found.unknown_rate:.3f} % of them unknown")
