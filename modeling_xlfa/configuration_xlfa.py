@@ -76,7 +76,8 @@ class XLFAConfig(PretrainedConfig):
             Weights of a sentence's tokens: `"uniform"`, `"norm"` (of their states), or `"idf"` (a table that is saved
             with the weights).
         ot_center (`bool`, defaults to `False`):
-            Subtract each side's mean state over the batch before the cost, for encoders whose states all point one way.
+            Subtract each side's mean state over the batch (of each process, its own part) before the cost, for encoders
+            whose states all point one way.
         ot_epsilon_start (`float`, *optional*):
             Epsilon at the start of training; it decays geometrically to `ot_epsilon` at the end.
         ot_max_iter (`int`, defaults to 5000):

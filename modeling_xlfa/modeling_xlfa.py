@@ -311,12 +311,13 @@ class XLFAModel(XLFAPreTrainedModel):
 
     def _marginals(self, input_ids: torch.Tensor, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Weights of the tokens by `ot_marginals`, B x T, each row summing to 1 over the mask; without gradient."""
+        numbers = torch.promote_types(states.dtype, torch.float32)
         if self.config.ot_marginals == "norm":
-            weights = torch.linalg.vector_norm(states.detach().float(), dim=-1) * mask
+            weights = torch.linalg.vector_norm(states.detach().to(numbers), dim=-1) * mask
         elif self.config.ot_marginals == "idf":
-            weights = self.ot_idf.float()[input_ids] * mask
+            weights = self.ot_idf.to(numbers)[input_ids] * mask
         else:
-            weights = mask.float()
+            weights = mask.to(numbers)
         return weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
     def _alignment_states(

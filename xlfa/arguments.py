@@ -176,6 +176,7 @@ class XLFATrainingArguments(TrainingArguments):
     early_stopping_threshold: float = option("With it, a score is better from that much more than the best one.", 0.0)
     logging_steps: float = option("Steps between two lines of the log.", 50)
     logging_nan_inf_filter: bool = option("Not used: a loss that is not finite ends the training.", False)
+    ddp_find_unused_parameters: bool | None = option("Look for weights without gradient: there are none.", False)
     report_to: None | str | list[str] = option("Trackers: tensorboard, trackio, wandb, …", "none")
     max_tokens_per_batch: int | None = option(
         "Run a batch in parts of examples, and of pairs, of similar length, with at most that many tokens, padding "

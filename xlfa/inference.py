@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, is_torch_bf16_gpu_available
@@ -109,6 +110,9 @@ def infer(
     state = PartialState()
     batches = token_batches(inputs["length"][:], options.max_tokens_per_batch)
     mine = batches[state.process_index :: state.num_processes]
+    if isinstance(model, FSDPModule) and len(mine) < -(-len(batches) // state.num_processes):
+        # Its weights are gathered from all processes, each of which must run as many batches.
+        mine = [*mine, batches[0]]
     names = [name for name in INPUT_NAMES if name in inputs.column_names]
     needed = inputs.select_columns([*names, *columns])
 

@@ -283,7 +283,7 @@ class XLFATrainer(Trainer):
         self._check_losses(self.accelerator.gather(self._first_broken))
         if "loss" in logs:
             logs |= self._mean_parts()
-            if logs.get("ot_not_converged", 0) > 0:
+            if logs.get("ot_not_converged", 0) > 0 and self.is_world_process_zero():
                 logger.warning(
                     "step %d: %.2g of the pairs since the last line of the log did not converge within %d sweeps (mean "
                     "marginal error %.2g): raise --ot_max_iter, --ot_tol or --ot_epsilon",
