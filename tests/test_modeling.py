@@ -258,11 +258,14 @@ def test_switching_the_term_on_changes_no_statistics_and_no_dropout(bert_config,
     assert all(torch.equal(buffers[name], buffers_with[name]) for name in buffers)
 
 
-def test_answers_outside_the_window_do_not_count(bert_config):
+def test_answers_outside_the_window_and_padding_do_not_count(bert_config):
     model = XLFAForQuestionAnswering(XLFAConfig(text_config=bert_config)).eval()
     inputs = task_inputs(XLFAForQuestionAnswering)
-    log_start = model(**task_inputs()).start_logits.log_softmax(-1)
-    log_end = model(**task_inputs()).end_logits.log_softmax(-1)
+    output = model(**task_inputs())
+    padding = inputs["attention_mask"] == 0
+    log_start, log_end = (
+        logits.masked_fill(padding, -torch.inf).log_softmax(-1) for logits in (output.start_logits, output.end_logits)
+    )
     rows = torch.arange(4)
     start_loss = -log_start[rows, inputs["start_positions"]].mean()
     # The fourth end position, 30, lies past the window of 10 tokens.
