@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from xlfa.errors import XLFAError
-from xlfa.parallel import PairSampler, load_parallel, read_piece_weights
+from xlfa.parallel import PairSampler, load_parallel, mispairing, read_piece_weights
 
 LANGUAGES = ("de", "fr", "th", "vi")
 
@@ -138,6 +138,43 @@ def test_a_language_whose_pairs_are_all_too_long_is_named(tokenizer):
     texts = {"de": [("abc", "abc")], "fr": [("abcdef", "abc")]}
     with pytest.raises(XLFAError, match="en-fr fits --parallel_max_length 6"):
         PairSampler.from_texts(texts, tokenizer, max_length=6, seed=0)
+
+
+def test_shuffled_pairs_have_the_same_sentences_and_none_its_translation(tokenizer):
+    texts = {code: [(f"en {n}", f"{code} {n}") for n in range(40)] + [("w " * 40, "long")] for code in LANGUAGES}
+
+    def pairs(seed, shuffled):
+        return PairSampler.from_texts(texts, tokenizer, max_length=32, seed=seed, shuffled=shuffled).pairs
+
+    true, shuffled = pairs(0, False), pairs(0, True)
+    for language in LANGUAGES:
+        assert [source for source, _ in shuffled[language]] == [source for source, _ in true[language]]
+        targets = [[target for _, target in each[language]] for each in (true, shuffled)]
+        assert sorted(targets[0]) == sorted(targets[1])
+        assert not any(map(list.__eq__, *targets))
+    assert pairs(0, True) == shuffled and pairs(1, True) != shuffled
+    assert len({str([target[-3:] for _, target in shuffled[code]]) for code in LANGUAGES}) == len(LANGUAGES)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_source_does_not_get_a_translation_of_an_equal_one(seed):
+    pairs = [("a", "A"), ("a", "Á"), ("b", "B"), ("c", "B"), ("d", "d"), ("e", "d"), ("f", "F")]
+    order = mispairing(pairs, "de", seed)
+    assert sorted(order) == list(range(len(pairs)))
+    for (source, target), partner in zip(pairs, order):
+        assert pairs[partner][0] != source and pairs[partner][1] not in (source, target)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([("a", "A")], "en-de has a single pair"),
+        ([("a", "A"), ("a", "B"), ("b", "C")], "the 3 pairs of en-de have too many equal sentences"),
+    ],
+)
+def test_pairs_that_cannot_be_shuffled_are_named(pairs, message):
+    with pytest.raises(XLFAError, match=message):
+        mispairing(pairs, "de", 0)
 
 
 def test_a_batch_holds_the_drawn_pairs(sampler):

@@ -18,6 +18,8 @@ from xlfa.errors import XLFAError
 logger = logging.getLogger(__name__)
 
 SOURCE_LANGUAGE = "en"
+# Permutations that are tried where equal sentences stand in the way.
+SHUFFLING_ATTEMPTS = 20
 
 
 def load_parallel(
@@ -110,20 +112,30 @@ class PairSampler:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         seed: int,
+        shuffled: bool = False,
     ) -> "PairSampler":
         """Tokenise once. Pairs with a side of more than `max_length` tokens are left out, not cut, and counted.
 
+        Args:
+            shuffled: the same sentences, but no source sentence with its translation; see `mispairing`.
+
         Raises:
-            XLFAError: if that leaves a language without a pair.
+            XLFAError: if that leaves a language without a pair, or its pairs cannot be shuffled.
         """
         pairs = {}
         for language, both in texts.items():
             sources, targets = (tokenizer(list(side))["input_ids"] for side in zip(*both))
-            fitting = [pair for pair in zip(sources, targets) if max(map(len, pair)) <= max_length]
-            logger.info("parallel text en-%s: %d pairs, %d too long", language, len(fitting), len(both) - len(fitting))
-            if not fitting:
+            kept = [
+                position for position, pair in enumerate(zip(sources, targets)) if max(map(len, pair)) <= max_length
+            ]
+            logger.info("parallel text en-%s: %d pairs, %d too long", language, len(kept), len(both) - len(kept))
+            if not kept:
                 raise XLFAError(f"no pair of en-{language} fits --parallel_max_length {max_length}")
-            pairs[language] = fitting
+            partners = kept
+            if shuffled:
+                order = mispairing([both[position] for position in kept], language, seed)
+                partners = [kept[position] for position in order]
+            pairs[language] = [(sources[position], targets[partner]) for position, partner in zip(kept, partners)]
         return cls(pairs, tokenizer, seed)
 
     def sequences(self) -> Dataset:
@@ -160,6 +172,45 @@ class PairSampler:
             inputs[f"{side}_attention_mask"] = padded["attention_mask"]
             inputs[f"{side}_special_tokens_mask"] = torch.isin(padded["input_ids"], special).long()
         return inputs
+
+
+def mispairing(pairs: list[tuple[str, str]], language: str, seed: int) -> list[int]:
+    """For each pair, the position of the one whose target sentence its source gets: a seeded permutation.
+
+    No source keeps its translation, nor gets one of an equal source, an equal target, or itself as a target.
+
+    Args:
+        pairs: (English, other) sentences of one language.
+        language: so that languages with the same English sentences are permuted apart.
+
+    Raises:
+        XLFAError: where there is no such permutation, or none is found because most sentences are equal.
+    """
+    if len(pairs) < 2:
+        raise XLFAError(
+            f"--parallel_shuffled: en-{language} has a single pair; it takes at least two to exchange sides"
+        )
+
+    def fits(source: int, target: int) -> bool:
+        (own_source, own_target), (other_source, other_target) = pairs[source], pairs[target]
+        return source != target and own_source not in (other_source, other_target) and own_target != other_target
+
+    generator = np.random.default_rng([seed, *language.encode()])
+    for _ in range(SHUFFLING_ATTEMPTS):
+        order = generator.permutation(len(pairs)).tolist()
+        for source in range(len(pairs)):
+            if fits(source, order[source]):
+                continue
+            for other in generator.permutation(len(pairs)).tolist():
+                if fits(source, order[other]) and fits(other, order[source]):
+                    order[source], order[other] = order[other], order[source]
+                    break
+        if all(map(fits, range(len(pairs)), order)):
+            return order
+    raise XLFAError(
+        f"--parallel_shuffled: the {len(pairs)} pairs of en-{language} have too many equal sentences to give each "
+        "source one that is not its translation"
+    )
 
 
 def read_piece_weights(path: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:

@@ -102,7 +102,7 @@ def score_retrieval(arguments: RetrievalArguments) -> dict[str, Any]:
     options = InferenceOptions.of(arguments, model.device)
     by_language = {}
     for language in tqdm(languages, desc="languages"):
-        rows = load_rows(DATASET, CONFIGS[language], SPLIT, arguments.data_root, COLUMNS)
+        rows = load_pairs(language, arguments.data_root)
         rows = rows.select(range(min(len(rows), arguments.max_examples or len(rows))))
         sides = [
             embed_sentences(model, tokenizer, rows[column][:], options, arguments.max_length, description=language)
@@ -120,6 +120,11 @@ def score_retrieval(arguments: RetrievalArguments) -> dict[str, Any]:
         "settings": {"max_examples": arguments.max_examples, "max_length": arguments.max_length, **vars(options)},
         "versions": versions(),
     }
+
+
+def load_pairs(language: str, data_root: str | None) -> Dataset:
+    """Sentences of a language of `CONFIGS` and their English translations, the columns of `COLUMNS`."""
+    return load_rows(DATASET, CONFIGS[language], SPLIT, data_root, COLUMNS)
 
 
 def load_states_model(name: str) -> tuple[XLFAModel, PreTrainedTokenizerBase]:

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from xlfa.adapters import ADAPTER_FOLDER, plain_model
 from xlfa.arguments import InferenceArguments
 from xlfa.batching import GlobalBatches, label_counts, split_batch
-from xlfa.checkpoints import complete, data_identity, remove_old
+from xlfa.checkpoints import complete, remove_old, run_identity
 from xlfa.errors import XLFAError
 from xlfa.inference import TOKENS_ON_CPU, InferenceOptions
 from xlfa.parallel import SOURCE_LANGUAGE, PairSampler
@@ -332,16 +332,19 @@ class XLFATrainer(Trainer):
         return next((entry for entry in entries if any(name.startswith("eval_") for name in entry)), None)
 
     @cached_property
-    def data_identity(self) -> dict[str, Any]:
+    def run_identity(self) -> dict[str, Any]:
         """What stands in each checkpoint, and must be the same in a run that goes on from it."""
-        order = {
-            "seed": self.batches.seed,
-            "examples_a_step": self.batches.batch_size * self.args.gradient_accumulation_steps,
-            "train_sampling_strategy": self.args.train_sampling_strategy,
-            "dataloader_drop_last": self.args.dataloader_drop_last,
-        }
+        names = (
+            "train_sampling_strategy",
+            "dataloader_drop_last",
+            "early_stopping_patience",
+            "early_stopping_threshold",
+        )
+        settings = {name: getattr(self.args, name) for name in names}
+        settings["seed"] = self.batches.seed
+        settings["examples_a_step"] = self.batches.batch_size * self.args.gradient_accumulation_steps
         piece_weights = plain_model(self.accelerator.unwrap_model(self.model)).base_model.ot_idf
-        return data_identity(self.train_dataset, self.validation_windows, self.pair_sampler, piece_weights, order)
+        return run_identity(self.train_dataset, self.validation_windows, self.pair_sampler, piece_weights, settings)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing where the run that is resumed had come to its end: Trainer would take one step too many."""
@@ -368,7 +371,7 @@ class XLFATrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                complete(checkpoint, self.data_identity)
+                complete(checkpoint, self.run_identity)
         except Exception:
             # On a full disk what was written takes the space that it lacks.
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -380,7 +383,9 @@ class XLFATrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Raise `XLFAError` instead, if training has gone wrong: what is saved can be trained on from, and scored."""
-        broken = [name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all()]
+        # A sharded model comes as the state that was gathered.
+        weights = self.model.named_parameters() if state_dict is None else state_dict.items()
+        broken = [name for name, weight in weights if not torch.isfinite(weight).all()]
         if broken:
             raise XLFAError(
                 f"step {self.state.global_step}: the weights of {broken[0]} are not finite; they were not saved. Go on "

@@ -5,30 +5,41 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
 from xlfa.adapters import add_adapters, check_same_adapters
-from xlfa.arguments import DataArguments, ModelArguments, XLFATrainingArguments, parse_arguments
+from xlfa.arguments import (
+    DataArguments,
+    InferenceArguments,
+    ModelArguments,
+    XLFATrainingArguments,
+    parse_arguments,
+)
 from xlfa.backbones import resolve_encoder
-from xlfa.checkpoints import check_same_model, find_checkpoint
-from xlfa.environment import describe_threads, versions
+from xlfa.checkpoints import check_same_model, check_same_run, find_checkpoint, is_out_of_space, naming_full_disk
+from xlfa.environment import describe_threads
 from xlfa.errors import XLFAError, exit_with_message
 from xlfa.evaluation import EvaluationArguments, evaluate_model, print_scores
-from xlfa.files import write_text
+from xlfa.inference import InferenceOptions
 from xlfa.parallel import SOURCE_LANGUAGE, PairSampler, load_parallel, read_piece_weights
-from xlfa.publishing import RUN_FILE, check_names, check_token, push
+from xlfa.publishing import check_names, check_token, push
+from xlfa.run_file import record_end, record_start
 from xlfa.tasks import Task, get_task
 from xlfa.trainer import XLFATrainer
-from xlfa.vocabulary import trim_vocabulary
+from xlfa.trunk import TrunkCache
+from xlfa.vocabulary.rates import new_piece_rows
+from xlfa.vocabulary.trimming import trim_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +48,9 @@ DESCRIPTION = "Fine-tune an encoder with feature aggregation and optimal-transpo
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `train_xlfa.py` and `xlfa train`."""
+    argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, training_args = parse_arguments(
-        [ModelArguments, DataArguments, XLFATrainingArguments],
-        sys.argv[1:] if argv is None else argv,
-        "train_xlfa.py",
-        DESCRIPTION,
+        [ModelArguments, DataArguments, XLFATrainingArguments], argv, "train_xlfa.py", DESCRIPTION
     )
     logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
@@ -50,19 +59,36 @@ def main(argv: list[str] | None = None) -> None:
         check_publishing(training_args)
         # Trainer would commit every checkpoint; the run is published once, when it is scored.
         training_args.push_to_hub = False
-    train(model_args, data_args, training_args)
+    train(model_args, data_args, training_args, command=["xlfa", "train", *argv])
     if published:
         score_and_publish(data_args, training_args)
 
 
 def train(
-    model_args: ModelArguments, data_args: DataArguments, training_args: XLFATrainingArguments
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: XLFATrainingArguments,
+    command: list[str] | None = None,
 ) -> dict[str, float]:
     """Train one model and save it, with `run.json`, into `training_args.output_dir`; returns the validation scores.
 
+    Args:
+        command: the command line that the arguments come from, for `run.json`.
+
     Raises:
-        XLFAError: for anything about the arguments or data that the user can mend.
+        XLFAError: for anything about the arguments or data that the user can mend, and for a full disk.
     """
+    with naming_full_disk(Path(training_args.output_dir)):
+        return _train(model_args, data_args, training_args, command)
+
+
+def _train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: XLFATrainingArguments,
+    command: list[str] | None,
+) -> dict[str, float]:
+    check_trackers(training_args.report_to)
     adapted = model_args.peft is not None
     checkpoint = find_checkpoint(training_args, ADAPTER_SAFE_WEIGHTS_NAME if adapted else SAFE_WEIGHTS_NAME)
     task = get_task(data_args.task)
@@ -72,7 +98,6 @@ def train(
             f"--metric_for_best_model {selected_by}: the task {task.name!r} is scored by {', '.join(task.metrics)}"
         )
     logger.info(describe_threads())
-    set_seed(training_args.seed)
 
     rows = task.load_training(
         data_args.train_dataset, data_args.data_root, data_args.max_train_examples, training_args.seed
@@ -88,6 +113,10 @@ def train(
     with naming_model(model_args.model):
         if model_args.trim_vocab:
             encoder = trim_vocabulary(encoder, vocabulary_texts(task, data_args, [rows, validation_rows], pair_texts))
+        rate = model_args.new_pieces_learning_rate
+        new_pieces = None if rate is None else (new_piece_rows(encoder), rate)
+        # Not earlier: an encoder that is built for the cache, the first time, draws random numbers.
+        set_seed(training_args.seed)
         model, tokenizer = build_model(task, model_args, data_args, encoder)
     if checkpoint is not None:
         check_same_model(checkpoint, model.config)
@@ -98,7 +127,9 @@ def train(
     if aligned:
         use_compiled_solver()
         pair_seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-        pair_sampler = PairSampler.from_texts(pair_texts, tokenizer, data_args.parallel_max_length, pair_seed)
+        pair_sampler = PairSampler.from_texts(
+            pair_texts, tokenizer, data_args.parallel_max_length, pair_seed, data_args.parallel_shuffled
+        )
         if model.config.ot_marginals == "idf":
             fill_idf(model.base_model.ot_idf, pair_sampler, data_args.ot_idf_file)
 
@@ -106,6 +137,15 @@ def train(
         model = add_adapters(model, model_args)
         if checkpoint is not None:
             check_same_adapters(checkpoint, model)
+    validation_windows = task.windows(validation_rows, tokenizer, data_args.max_length, data_args.doc_stride)
+    if model_args.cache_trunk:
+        options = InferenceOptions.of(InferenceArguments(bf16=training_args.bf16), training_args.device)
+        trunk = TrunkCache(model.base_model.to(training_args.device), tokenizer, options)
+        trunk.fill(features, description="training examples")
+        trunk.fill(validation_windows, description="validation")
+        if pair_sampler is not None:
+            trunk.fill(pair_sampler.sequences(), description="parallel text")
+        model.base_model.stored_trunk = trunk
     trainer = XLFATrainer(
         model=model,
         args=training_args,
@@ -115,8 +155,14 @@ def train(
         task=task,
         pair_sampler=pair_sampler,
         validation_rows=validation_rows,
-        validation_windows=task.windows(validation_rows, tokenizer, data_args.max_length, data_args.doc_stride),
+        validation_windows=validation_windows,
+        new_pieces=new_pieces,
+        callbacks=early_stopping(training_args),
     )
+    if checkpoint is not None:
+        check_same_run(checkpoint, trainer.run_identity)
+    if trainer.is_world_process_zero():
+        record_start(model_args, data_args, training_args, command, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     if adapted:
         trainer.merge_adapters()
@@ -124,7 +170,7 @@ def train(
     trainer.save_state()
     metrics = trainer.latest_validation() or trainer.evaluate()
     if trainer.is_world_process_zero():
-        write_run_file(Path(training_args.output_dir), model_args, data_args, training_args, metrics)
+        record_end(Path(training_args.output_dir), metrics)
         print(f"trained model in {training_args.output_dir}")
     return metrics
 
@@ -133,14 +179,30 @@ def check_publishing(training_args: XLFATrainingArguments) -> None:
     """Raise `XLFAError`, before the training, for what `--push_to_hub` lacks or does not do."""
     if training_args.hub_model_id is None:
         raise XLFAError("--push_to_hub needs the name of the repo: --hub_model_id org/name")
-    if training_args.hub_token is not None:
-        raise XLFAError("--hub_token would be seen by others: log in with `hf auth login`, or set HF_TOKEN")
     defaults = {field.name: field.default for field in fields(XLFATrainingArguments)}
     for name in ("hub_strategy", "hub_always_push", "hub_revision"):
         if getattr(training_args, name) != defaults[name]:
             raise XLFAError(f"--{name} does not apply: the finished run is published, in one commit")
     check_names(training_args.hub_model_id, tag=None, create_pr=False)
     check_token()
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raise `XLFAError` for a `--report_to` that transformers does not know, or whose package is not installed."""
+    installed = get_available_reporting_integrations() if names else []
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise XLFAError(f"--report_to {name}: there are {', '.join(INTEGRATION_TO_CALLBACK)}")
+        if name not in installed:
+            raise XLFAError(f"--report_to {name}: its package is not installed: pip install {name}")
+
+
+def early_stopping(training_args: XLFATrainingArguments) -> list[TrainerCallback]:
+    """What ends the training when the English validation scores no longer rise, if that is asked for."""
+    patience = training_args.early_stopping_patience
+    if patience is None:
+        return []
+    return [EarlyStoppingCallback(patience, training_args.early_stopping_threshold)]
 
 
 def score_and_publish(data_args: DataArguments, training_args: XLFATrainingArguments) -> None:
@@ -208,6 +270,8 @@ def naming_model(name: str) -> Iterator[None]:
     except XLFAError:
         raise
     except OSError as error:
+        if is_out_of_space(error):
+            raise
         raise XLFAError(f"--model {name}: no such encoder on the Hub or as a folder ({error})") from None
     except (ValueError, ImportError) as error:
         raise XLFAError(f"--model {name}: {error}") from None
@@ -248,27 +312,6 @@ def parse_encoder_config(text: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise XLFAError(f"--encoder_config {text!r} must be a JSON object of config fields")
     return fields
-
-
-def write_run_file(
-    folder: Path,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    training_args: XLFATrainingArguments,
-    validation: dict[str, float],
-) -> None:
-    """`run.json`: how the model came about. For the run folder, not for publishing: it holds local paths."""
-    run = {
-        "schema_version": 1,
-        "task": data_args.task,
-        "validation": validation,
-        "model_arguments": asdict(model_args),
-        "data_arguments": asdict(data_args),
-        "training_arguments": training_args.to_sanitized_dict(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-    write_text(folder / RUN_FILE, json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def run() -> None:
