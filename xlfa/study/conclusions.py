@@ -1,0 +1,254 @@
+"""What a study shows and what it does not, in words that follow from the content of `report.json`.
+
+A difference or a dependence is called shown where its test rejects (p below 0.05, adjusted for a family of differences)
+and its interval leaves 0 out. Everything else is not shown, which is not the same as shown to be nothing: the smallest
+effect that the design would have found stands beside it.
+"""
+
+import itertools
+from typing import Any
+
+from xlfa.study.analysis import CONTROL, DEVIATIONS, GRID, POINTS
+from xlfa.study.figures import METRIC_NAMES, condition_name, control_name, of_line, task_name
+from xlfa.study.resampling import HEADLINE
+from xlfa.study.significance import ALPHA
+
+SHOWN, NOT_SHOWN, NOT_TESTED = "Shown", "Not shown", "Not tested"
+BETTER, WORSE = "better", "worse"
+
+
+def conclude(report: dict[str, Any]) -> list[dict[str, str]]:
+    """Statements in reading order: `verdict` (empty for a plain fact) and `text`."""
+    statements = [_statement("", _setting(report))]
+    for line in report["lines"]:
+        where = f" ({line})" if len(report["lines"]) > 1 else ""
+        statements += _interactions(report, line, where)
+        for task in report["tasks"]:
+            if of_line(report, task, line):
+                statements.append(_trend(report, task, line, where))
+                statements += _differences(report, of_line(report, task, line), where)
+    for arm, task in itertools.product(report["arms"], report["tasks"]):
+        of_arm = [own for own in report["conditions"] if (own["task"], own["arm"]) == (task, arm)]
+        controls = [own for own in of_arm if own["kind"] == CONTROL]
+        statements += _differences(report, controls, f" ({arm})" if len(report["arms"]) > 1 else "")
+    for line in report["lines"]:
+        statements += _choices(report, line, f" ({line})" if len(report["lines"]) > 1 else "")
+    statements += _transport(report)
+    return [*statements, _statement("", _limits(report))]
+
+
+def _statement(verdict: str, text: str) -> dict[str, str]:
+    return {"verdict": verdict, "text": text}
+
+
+def is_shown(p: float | None, bounds: list[float] | None) -> bool:
+    """Whether the test rejects and the interval leaves 0 out."""
+    return p is not None and p < ALPHA and bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
+
+
+def format_p(p: float | None) -> str:
+    """`p = 0.012`, `p < 0.001`, or that there is none."""
+    if p is None:
+        return "no test"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def format_interval(bounds: list[float] | None) -> str:
+    """`95 % interval −0.30 to +1.20`."""
+    return "no interval" if bounds is None else f"95 % interval {signed(bounds[0])} to {signed(bounds[1])}"
+
+
+def signed(value: float) -> str:
+    """`+1.20`, with a minus sign and not a hyphen."""
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def join(words: list[str]) -> str:
+    """`a, b and c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _setting(report: dict[str, Any]) -> str:
+    facts = report["facts"]
+    parts = [
+        f"{count(report['cells'], 'finished cell')} of the study {report['study']}, encoder "
+        f"{join(facts['encoders'] or ['not recorded'])}, {count(len(facts['seeds']), 'seed')}."
+    ]
+    for task, own in facts["tasks"].items():
+        trained = join([str(name) for name in own["train_dataset"]] or ["the task's own training set"])
+        most = f", at most {join([f'{n:,}' for n in own['max_train_examples']])} examples of it"
+        examples = report["tasks"][task]["examples"]
+        scored = (
+            f"{examples:,}" if isinstance(examples, int) else f"{min(examples.values())} to {max(examples.values())}"
+        )
+        parts.append(
+            f"{task_name(task)}: trained on {trained}{most if own['max_train_examples'] else ''}, scored on {scored} "
+            f"examples a language in {len(report['tasks'][task]['languages'])} languages."
+        )
+    parts.append(f"The headline is the mean over {' '.join(report['headline'])}.")
+    if report["missing"] or report["unfinished"]:
+        parts.append(
+            f"The study is not complete: {count(len(report['missing']), 'cell')} of the grid not there, "
+            f"{count(len(report['unfinished']), 'cell')} begun without a result. Comparisons use the seeds that both "
+            "sides have."
+        )
+    return " ".join(parts)
+
+
+def _interactions(report: dict[str, Any], line: str, where: str) -> list[dict[str, str]]:
+    statements = []
+    entries = [entry for entry in report["interactions"] if entry["line"] == line]
+    for points in (entry for entry in entries if entry["unit"] == POINTS):
+        standardised = next(
+            entry for entry in entries if entry["unit"] == DEVIATIONS and entry["tasks"] == points["tasks"]
+        )
+        first, second = map(task_name, points["tasks"])
+        question = f"that {report['axis']['name']} acts differently on {second} than on {first}{where}"
+        if line == report["lines"][0]:
+            question += " (the primary test)"
+        statements.append(
+            _dependence(report, points, standardised, question, f"the slope of {second} minus that of {first}")
+        )
+    return statements
+
+
+def _trend(report: dict[str, Any], task: str, line: str, where: str) -> dict[str, str]:
+    entry = next(own for own in report["trends"] if (own["task"], own["line"]) == (task, line))
+    name = task_name(task)
+    return _dependence(
+        report, entry, None, f"that {name} depends on {report['axis']['name']}{where}", f"the slope of {name}"
+    )
+
+
+def _dependence(
+    report: dict[str, Any], entry: dict[str, Any], standardised: dict[str, Any] | None, question: str, slope: str
+) -> dict[str, str]:
+    """Whether a response depends on the axis: by the slope on an axis of numbers, else by omega squared."""
+    test = entry["test"]
+    if test is None or (test["slope"] is None and test["omega_squared"] is None):
+        return _statement(NOT_TESTED, f"{question}: no seed has two levels of it, or nothing is left for the error.")
+    size = f"n = {count(len(entry['seeds']), 'seed')}, {entry['observations']} differences"
+    omega = ""
+    if test["omega_squared"] is not None:
+        omega = (
+            f"omega² = {signed(test['omega_squared'])} ({format_p(test['omega_squared_p'])}; of pure noise "
+            f"{signed(test['null_mean'])} on average, and below {test['null_high']:.2f} in 95 % of cases)"
+        )
+    if test["slope"] is None:
+        verdict = SHOWN if test["omega_squared_p"] < ALPHA else NOT_SHOWN
+        found = f"{question}: {omega}, {size}."
+        if standardised is not None and standardised["test"] is not None:
+            found += f" In units of the seeds' deviation: {format_p(standardised['test']['omega_squared_p'])}."
+        return _statement(verdict, found)
+    shown = is_shown(test["slope_p"], entry["interval"])
+    found = (
+        f"{question}: {slope} is {signed(test['slope'])} points per {report['axis']['unit']} "
+        f"({format_interval(entry['interval'])}, permutation {format_p(test['slope_p'])}, {size})"
+        + (f"; as a factor, {omega}." if omega else ".")
+    )
+    if (test["slope_p"] < ALPHA) != (entry["interval"][0] > 0 or entry["interval"][1] < 0):
+        found += " Test and interval disagree."
+    if standardised is not None and standardised["test"] is not None:
+        other = standardised["test"]
+        agrees = is_shown(other["slope_p"], standardised["interval"]) == shown
+        found += f" In units of the seeds' deviation it is {signed(other['slope'])} ({format_p(other['slope_p'])})" + (
+            "." if agrees else ": the verdict depends on the unit."
+        )
+    if not shown and test["smallest_slope_p"] >= ALPHA:
+        smallest = test["smallest_slope_p"]
+        found += f" With so few seeds nothing could have been shown: the smallest possible p is {smallest:.3f}."
+    elif not shown and entry["detectable"] is not None:
+        found += f" A true slope below {entry['detectable']:.2f} would be missed in more than 1 of 5 such studies."
+    return _statement(SHOWN if shown else NOT_SHOWN, found)
+
+
+def _differences(report: dict[str, Any], conditions: list[dict[str, Any]], where: str) -> list[dict[str, str]]:
+    """The secondary tests: levels or controls of a task against the baseline."""
+    family = [own for own in conditions if own["difference"]]
+    if not family:
+        return []
+    by_verdict: dict[str, list[str]] = {}
+    metric = report["tasks"][family[0]["task"]]["metrics"][0]
+    for own in family:
+        difference = own["difference"]
+        headline = difference["scores"][metric][HEADLINE]
+        p, bounds, value = difference["p_holm"], headline["interval"], headline["value"]
+        verdict = NOT_TESTED if p is None else SHOWN if is_shown(p, bounds) else NOT_SHOWN
+        direction = {SHOWN: BETTER if value > 0 else WORSE}.get(verdict, verdict)
+        by_verdict.setdefault(direction, []).append(
+            f"{condition_name(report, own)} {signed(value)} ({format_interval(bounds)}, {format_p(p)}, "
+            f"n = {len(difference['seeds'])})"
+        )
+    baseline = control_name(family[0]["difference"]["baseline"])
+    name = f"{task_name(family[0]['task'])} {METRIC_NAMES.get(metric, metric)}{where}"
+    what = "level" if family[0]["kind"] == GRID else "control"
+    adjusted = f"p adjusted (Holm) for {count(family[0]['difference']['family'], what)}."
+    detectable = [own["difference"]["detectable"] for own in family if own["difference"]["detectable"]]
+    least = ""
+    if detectable:
+        least = (
+            f" The smallest true difference that 4 in 5 such studies find, unadjusted: {max(detectable):.2f} points."
+        )
+    statements = []
+    for direction, verdict, text, after in (
+        (BETTER, SHOWN, f"better than {baseline}", adjusted),
+        (WORSE, SHOWN, f"worse than {baseline}", adjusted),
+        (NOT_SHOWN, NOT_SHOWN, f"a difference to {baseline}", adjusted + least),
+        (NOT_TESTED, NOT_TESTED, f"a difference to {baseline}", "It takes two seeds, and a spread between them."),
+    ):
+        if direction in by_verdict:
+            statements.append(_statement(verdict, f"{name}, {text}: {'; '.join(by_verdict[direction])}. {after}"))
+    return statements
+
+
+def _choices(report: dict[str, Any], line: str, where: str) -> list[dict[str, str]]:
+    statements = []
+    for own in report["selection"]:
+        if own["line"] != line:
+            continue
+        chosen, best = (_level(report, own[name]) for name in ("chosen_by_english", "best_by_targets"))
+        text = f"{task_name(own['task'])}{where}: English validation would choose {chosen}, "
+        if chosen == best:
+            text += "which is also the best in the target languages."
+        else:
+            text += (
+                f"the target languages are best at {best}; the choice costs {own['cost']:.2f} points "
+                f"({format_interval(own['interval'])}; never below 0, as the best is chosen on the same scores)."
+            )
+        if own["held_out_cost"] is not None:
+            text += f" With both choices made on the other seeds it costs {signed(own['held_out_cost'])} points."
+        statements.append(_statement("", text))
+    return statements
+
+
+def _level(report: dict[str, Any], level: str) -> str:
+    """A level with the field's name, which a categorical one has already."""
+    return level if report["axis"]["kind"] == "categorical" else f"{report['axis']['name']} {level}"
+
+
+def _transport(report: dict[str, Any]) -> list[dict[str, str]]:
+    """A warning where transport plans were not converged."""
+    worst = []
+    for own in report["conditions"]:
+        share = (own["transport"] or {}).get("not_converged") or 0.0
+        if share >= 0.01:
+            where = f" ({own['line']})" if len(report["lines"]) > 1 else ""
+            worst.append(f"{task_name(own['task'])}{where} {condition_name(report, own)} {100 * share:.1f} %")
+    if not worst:
+        return []
+    return [_statement("", f"Pairs whose transport plan had not converged, 1 % or more of them: {'; '.join(worst)}.")]
+
+
+def _limits(report: dict[str, Any]) -> str:
+    seeds = len(report["facts"]["seeds"])
+    return (
+        f"Limits: {count(len(report['facts']['encoders']), 'encoder')}; tests say what other seeds would do on these "
+        f"examples, intervals also what other examples would do, both from {count(seeds, 'seed')}. Intervals of few "
+        "seeds hold the truth less often than they say. Languages one by one are not adjusted for their number. Not "
+        "shown does not mean that there is no effect."
+    )
