@@ -253,9 +253,7 @@ def weight_files(folder: Path) -> list[str]:
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return [SAFE_WEIGHTS_NAME]
     if (folder / "adapter_config.json").is_file():
-        raise XLFAError(
-            f"{folder} holds an adapter: publish it with `hf upload`, or merge it into the model first"
-        )
+        raise XLFAError(f"{folder} holds an adapter: publish it with `hf upload`, or merge it into the model first")
     raise XLFAError(f"{folder} has no weights ({SAFE_WEIGHTS_NAME}; pickles are not published): train the model first")
 
 

@@ -13,7 +13,8 @@ import transformers
 from xlfa.errors import XLFAError
 from xlfa.study.grid import Plan, PlannedCell, check_models, load_plan
 from xlfa.study.leases import LEASE_SECONDS
-from xlfa.study.status import FAILED_FILE, describe_status, format_status, survey
+from xlfa.study.results import FAILED_FILE
+from xlfa.study.status import describe_status, format_status, survey
 
 EPILOG = """examples:
   xlfa study run configs/study/epsilon.yaml --data_root DATA               # every cell, one after the other

@@ -25,12 +25,11 @@ from xlfa.backbones import resolve_encoder
 from xlfa.errors import XLFAError
 from xlfa.evaluation import EvaluationArguments
 from xlfa.retrieval import RetrievalArguments
-from xlfa.study.results import CELLS_FOLDER, CONTROL_ROLE
+from xlfa.study.results import CELLS_FOLDER, CONTROL_ROLE, MAIN_ARM
 from xlfa.tasks import TASKS, get_task
 from xlfa.training import naming_model, parse_encoder_config
 
 GRID_ROLE = "grid"
-MAIN_ARM = "main"
 KEYS = (
     *("name", "output_dir", "data_root", "seeds", "train", "score", "tasks", "retrieval", "grid", "controls", "arms"),
     "keep_models",

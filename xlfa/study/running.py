@@ -28,8 +28,7 @@ from xlfa.study.cell import remove_weights
 from xlfa.study.encoders import data_kind
 from xlfa.study.grid import Plan, PlannedCell
 from xlfa.study.leases import LeaseLost, take
-from xlfa.study.results import RESULT_FILE
-from xlfa.study.status import FAILED_FILE
+from xlfa.study.results import FAILED_FILE, RESULT_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from xlfa.study.grid import Plan, PlannedCell
 from xlfa.study.leases import LEASE_SECONDS, owner_of
-from xlfa.study.results import RESULT_FILE
+from xlfa.study.results import FAILED_FILE, RESULT_FILE
 
-FAILED_FILE = "failed.json"
 STATES = ("done", "running", "failed", "waiting")
 
 
