@@ -139,6 +139,8 @@ def test_padding_on_either_side_is_left_out(filled, tokenizer):
     for row, length in enumerate(inputs["attention_mask"].sum(dim=1)):
         assert torch.equal(right[row, :length], left[row, -length:])
         assert not right[row, length:].any()
+    inputs["attention_mask"][1] = 0
+    assert not filled(inputs)[2][1].any() and torch.equal(filled(inputs)[2][0], right[0])
 
 
 def test_another_trunk_has_a_cache_of_its_own(model, tokenizer, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoModel, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 from vocabulary_encoders import (
@@ -21,6 +22,7 @@ from vocabulary_encoders import (
 from xlfa.backbones import resolve_encoder
 from xlfa.data import load_rows
 from xlfa.errors import XLFAError
+from xlfa.training import main as train
 from xlfa.vocabulary.trimming import trim_vocabulary, used_ids
 
 
@@ -141,3 +143,15 @@ def test_the_packaged_encoder_trimmed_to_the_sample_scores_alike(packaged_folder
     torch.testing.assert_close(last_states(trimmed, texts), last_states(packaged_folder, texts), rtol=0, atol=1e-5)
     size = json.loads((Path(trimmed) / "config.json").read_text())["vocab_size"]
     assert size < 2000
+
+
+def test_a_run_is_the_same_whether_its_trimmed_encoder_was_there_or_not(unigram, tmp_path, cache):
+    """Building it draws random numbers, which must not reach the head."""
+    weights = []
+    for name in ("built", "cached"):
+        common = ["--model", unigram, "--task", "xnli", "--data_root", "sample", "--output_dir", str(tmp_path / name)]
+        small = ["--max_train_examples", "8", "--max_eval_examples", "9", "--max_steps", "1", "--save_strategy", "no"]
+        train([*common, *small, "--trim_vocab", "true", "--max_length", "64", "--fusion", "none"])
+        weights.append(load_file(tmp_path / name / "model.safetensors")["classifier.weight"])
+    assert len(list(cache.iterdir())) == 1
+    assert torch.equal(*weights)

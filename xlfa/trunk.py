@@ -204,6 +204,9 @@ class TrunkCache:
         columns = [inputs[name].cpu().numpy() for name in ("input_ids", "token_type_ids") if name in inputs]
         found = []
         for row, kept in enumerate(mask.numpy()):
+            if not kept.any():
+                # A stand-in of a process that has no example.
+                continue
             place = self._places.get(_key(*(column[row][kept] for column in columns)))
             if place is None:
                 raise XLFAError(
