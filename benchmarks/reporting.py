@@ -1,8 +1,15 @@
 """Parts of every benchmark's report: processor and commit, which its figures depend on, and tables."""
 
 import os
+import shlex
 import subprocess
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
+
+import torch
+
+from xlfa.environment import describe_threads, versions
 
 
 def describe_processor() -> str:
@@ -22,6 +29,27 @@ def describe_commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return found.stdout.strip() or "not a git checkout"
+
+
+def header(script: str, argv: list[str], device: str) -> list[str]:
+    """What the figures of a benchmark depend on, apart from its own settings.
+
+    Args:
+        script: its path in the repository.
+        argv: its command line.
+        device: what it ran on.
+    """
+    machine = describe_processor()
+    if torch.cuda.is_available():
+        machine += f"; {torch.cuda.get_device_name()}, bfloat16: {torch.cuda.is_bf16_supported()}"
+    return [
+        f"date: {datetime.now(UTC).isoformat(timespec='seconds')}",
+        f"machine: {machine}; bfloat16 in the processor: {', '.join(bfloat16_instructions()) or 'none'}",
+        f"threads: {describe_threads()}; device: {device}",
+        "versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()),
+        f"commit: {describe_commit()}",
+        f"command: {shlex.join([Path(sys.executable).name, script, *argv])}",
+    ]
 
 
 def table(lines: list[list[str]]) -> list[str]:

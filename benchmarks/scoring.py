@@ -15,14 +15,12 @@ head's best ones often lie outside the context or make no span, and the check fa
 
 import argparse
 import gc
-import shlex
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,14 +29,13 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
-from reporting import bfloat16_instructions, describe_commit, describe_processor, table
+from reporting import header, table
 from scoring_peers import BATCH_SIZE, N_BEST, Scored, score_languages
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 import xlfa.data
 from xlfa.backbones import resolve_encoder
-from xlfa.environment import describe_threads, versions
 from xlfa.errors import exit_with_message
 from xlfa.evaluation import EvaluationArguments, evaluate_model
 from xlfa.files import write_text
@@ -314,22 +311,6 @@ one window; "in one window" says how many these are. The mean of scores is that 
 peers: batches of {BATCH_SIZE}, padded to the longest length, float32, {N_BEST} best starts and ends."""
 
 
-def header(options: argparse.Namespace, argv: list[str]) -> list[str]:
-    """What the figures depend on, apart from the tables' own columns."""
-    machine = describe_processor()
-    if torch.cuda.is_available():
-        machine += f"; {torch.cuda.get_device_name()}, bfloat16: {torch.cuda.is_bf16_supported()}"
-    return [
-        f"date: {datetime.now(UTC).isoformat(timespec='seconds')}",
-        f"machine: {machine}; bfloat16 in the processor: {', '.join(bfloat16_instructions()) or 'none'}",
-        f"threads: {describe_threads()}; device: {PartialState().device}",
-        "versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()),
-        f"commit: {describe_commit()}",
-        f"command: {shlex.join([Path(sys.executable).name, 'benchmarks/scoring.py', *argv])}",
-        f"seed: {options.seed}; at most {options.max_examples} examples a language, whole premises or paragraphs",
-    ]
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -386,7 +367,12 @@ def main(argv: list[str] | None = None) -> None:
     tasks = [get_task(name) for name in options.tasks]
     # Before anything is measured: a language that one of the tasks lacks is an error.
     languages = [task.check_languages(options.languages, options.data_root) for task in tasks]
-    lines = [*header(options, argv), "", LEGEND]
+    lines = [
+        *header("benchmarks/scoring.py", argv, str(PartialState().device)),
+        f"seed: {options.seed}; at most {options.max_examples} examples a language, whole premises or paragraphs",
+        "",
+        LEGEND,
+    ]
     cases = []
     runs_a_task = 2 + options.repeats * len(COLD_SIDES)
     with tqdm(total=len(tasks) * runs_a_task, unit="run") as bar:

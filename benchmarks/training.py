@@ -16,7 +16,6 @@ import argparse
 import gc
 import json
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from unittest import mock
 import torch
 import transformers
 from datasets import Dataset
-from reporting import bfloat16_instructions, describe_commit, describe_processor, table
+from reporting import header, table
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
@@ -42,7 +40,6 @@ from modeling_xlfa.modeling_xlfa import XLFAModelOutput, XLFAPreTrainedModel
 from xlfa.arguments import XLFATrainingArguments
 from xlfa.backbones import resolve_encoder
 from xlfa.batching import GlobalBatches
-from xlfa.environment import describe_threads, versions
 from xlfa.errors import exit_with_message
 from xlfa.files import write_text
 from xlfa.inference import has_fast_bf16
@@ -379,22 +376,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def header(options: argparse.Namespace, argv: list[str]) -> list[str]:
-    """What the figures depend on, apart from the tables' own columns."""
-    machine = describe_processor()
-    if options.device == "cuda":
-        machine += f"; {torch.cuda.get_device_name()}"
-    return [
-        f"date: {datetime.now(UTC).isoformat(timespec='seconds')}",
-        f"machine: {machine}; bfloat16 in the processor: {', '.join(bfloat16_instructions()) or 'none'}",
-        f"threads: {describe_threads()}; device: {options.device}",
-        "versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()),
-        f"commit: {describe_commit()}",
-        f"command: {shlex.join([Path(sys.executable).name, 'benchmarks/training.py', *argv])}",
-        f"seed: {options.seed}; batches of {options.batch_size} examples and as many pairs; encoder: {options.model}",
-    ]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and write; exit status 1 if a target is not met."""
     argv = sys.argv[1:] if argv is None else argv
@@ -407,7 +388,11 @@ def main(argv: list[str] | None = None) -> None:
     if options.memory_of is not None:
         print(json.dumps(peak_memory(Workload.load(get_task(options.tasks[0]), options), options.memory_of)))
         return
-    lines, all_met = header(options, argv), True
+    lines = [
+        *header("benchmarks/training.py", argv, options.device),
+        f"seed: {options.seed}; batches of {options.batch_size} examples and as many pairs; encoder: {options.model}",
+    ]
+    all_met = True
     for name in options.tasks:
         task = get_task(name)
         workload = Workload.load(task, options)

@@ -357,8 +357,8 @@ main(["run", sys.argv[1]])
 """
 
 
-# Takes over the cell, and runs an unbroken one. Not in the process of the tests: what ran before in a process may change
-# the last bits of a result.
+# Takes over the cell, and runs an unbroken one. Not in the process of the tests: what ran before in a process may
+# change the last bits of a result.
 OTHER_WORKER = """
 import sys
 from xlfa.study.commands import main
