@@ -9,9 +9,10 @@ import numpy as np
 from scipy.stats import norm
 
 from xlfa.files import write_text
-from xlfa.scores import write_predictions
+from xlfa.scores import predictions_file, read_predictions, write_predictions
 from xlfa.study.resampling import TaskScores, language_groups
-from xlfa.study.results import Cell, Study
+from xlfa.study.results import SCHEMA_VERSION, Cell, Study
+from xlfa.study.sums import without_examples, write_sums
 from xlfa.tasks import Prediction, get_task
 
 LANGUAGES = {"xnli": ["ar", "bg", "de", "en", "fr", "zh"], "xquad": ["ar", "de", "en", "ro", "zh"]}
@@ -114,7 +115,7 @@ def write_cell(folder, study, task, arm, seed, point, control, found, rng, **cha
     epsilon = (point or {}).get("ot_epsilon", 0.1)
     train = {"model": "packaged:multilingual-e5-small", "train_dataset": "local/nli-en", "max_train_examples": 3600}
     result = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "id": id,
         "study": study,
         "task": task,
@@ -130,8 +131,7 @@ def write_cell(folder, study, task, arm, seed, point, control, found, rng, **cha
         "validation": {
             f"eval_{registered.metrics[0]}": scores["languages"]["en"][registered.metrics[0]] + rng.normal()
         },
-        "scores": scores,
-        "predictions": f"scores/{task}/predictions",
+        "scores": without_examples(scores),
         "retrieval": {
             "before": {"de": 95.0, "zh": 90.0},
             "after": {"de": 95.0 + rng.normal(), "zh": 88.0 + rng.normal()},
@@ -162,9 +162,17 @@ def write_cell(folder, study, task, arm, seed, point, control, found, rng, **cha
         **changes,
     }
     for code, rows in found.items():
-        write_predictions(cell / result["predictions"] / f"{code}.jsonl", rows)
+        write_predictions(predictions_file(cell / "scores" / task, code), rows)
+    write_sums(cell, cell / "scores" / task, scores)
     write_text(cell / "result.json", json.dumps(result))
     return cell
+
+
+def cell_predictions(cell):
+    """By language, of a cell that `write_cell` wrote."""
+    return {
+        code: read_predictions(predictions_file(cell.folder / "scores" / cell.task, code)) for code in cell.languages
+    }
 
 
 def study_of(values, deviation=0.0, seed=0):

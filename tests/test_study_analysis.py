@@ -1,16 +1,17 @@
 """The analysis of a study: simulated truths are found as often as promised, and comparisons are paired by seed."""
 
+import json
 import math
 
 import numpy as np
 import pytest
-from study_data import CONTROLS, EPSILONS, HEADLINE, LANGUAGES, study_of, write_study
+from study_data import CONTROLS, EPSILONS, HEADLINE, LANGUAGES, cell_predictions, study_of, write_study
 
 from xlfa.errors import XLFAError
-from xlfa.scores import write_predictions
 from xlfa.study.analysis import Analysis, analyse, choose_axis, held_out_cost
 from xlfa.study.resampling import estimate, score_cells
 from xlfa.study.results import read_study
+from xlfa.study.sums import read_sums
 from xlfa.tasks import get_task
 
 SEEDS = range(4)
@@ -219,7 +220,7 @@ def test_scores_are_those_of_the_predictions(written):
     assert scores.metrics == ["f1", "exact_match"]
     assert scores.languages == LANGUAGES["xquad"]
     for position in (0, 5):
-        found = cells[position].read_predictions()
+        found = cell_predictions(cells[position])
         expected = {code: get_task("xquad").score(rows, code) for code, rows in found.items()}
         for metric in scores.metrics:
             own = dict(zip(scores.rows, scores.values[metric][position]))
@@ -238,10 +239,10 @@ def test_draws_of_clusters_are_the_same_in_all_cells_and_languages(written):
     """A cell with the same predictions in two languages has the same draws in both, and no interval of a difference."""
     study = read_study(written)
     cells = [cell for cell in study.cells if cell.task == "xnli"][:2]
-    shared = cells[0].read_predictions()["de"]
+    shared = read_sums(cells[0].folder)["de"]
     for cell in cells:
-        for code in cell.languages:
-            write_predictions(cell.folder / cell.predictions / f"{code}.jsonl", shared)
+        own = {code: {name: values.tolist() for name, values in shared.items()} for code in cell.languages}
+        (cell.folder / "sums.json").write_text(json.dumps(own))
     draws = score_cells("xnli", cells, study.headline).draws["accuracy"]
     assert np.ptp(draws[0, 0]) > 0
     assert np.allclose(draws, draws[0, 0], rtol=1e-12)

@@ -33,7 +33,7 @@ def test_a_study_has_all_its_cells(written):
     assert study.headline == HEADLINE
     assert (study.unfinished, study.missing()) == ({}, [])
     cell = study.cells[0]
-    assert list(cell.read_predictions()) == cell.languages == LANGUAGES["xnli"]
+    assert list(cell.read_sums()) == cell.languages == LANGUAGES["xnli"]
 
 
 def test_missing_and_failed_cells_are_named(folder):
@@ -95,16 +95,16 @@ def test_a_file_that_is_no_result(folder, text):
 
 
 def test_a_result_of_another_version(folder):
-    change(folder, "xnli-main-no_ot-s0", schema_version=2)
-    fails(folder, "xnli-main-no_ot-s0", "schema_version 2", "run the cell again")
+    change(folder, "xnli-main-no_ot-s0", schema_version=1)
+    fails(folder, "xnli-main-no_ot-s0", "schema_version 1", "run the cell again")
 
 
 def test_a_result_without_a_field(folder):
     path = folder / "cells" / "xnli-main-no_ot-s0" / "result.json"
     result = json.loads(path.read_text())
-    del result["scores"]["clusters"]
+    del result["scores"]["examples_digest"]
     path.write_text(json.dumps(result))
-    fails(folder, path, "clusters")
+    fails(folder, path, "examples_digest")
     del result["curves"]
     path.write_text(json.dumps(result))
     fails(folder, path, "curves")
@@ -123,9 +123,9 @@ def test_cells_of_two_studies(folder):
 def test_cells_that_were_scored_on_different_examples(folder):
     path = folder / "cells" / "xquad-main-no_ot-s1" / "result.json"
     result = json.loads(path.read_text())
-    result["scores"]["ids"][0] = "another"
+    result["scores"]["examples_digest"] = "another"
     path.write_text(json.dumps(result))
-    fails(folder, "xquad-main-no_ot-s1", "different examples", "ids")
+    fails(folder, "xquad-main-no_ot-s1", "different examples", "examples_digest")
 
 
 def test_two_cells_of_one_condition_and_seed(folder):
@@ -135,15 +135,18 @@ def test_two_cells_of_one_condition_and_seed(folder):
     fails(folder, "xnli-main-no_ot-s0-old", "no_ot seed 0", "out of date")
 
 
-def test_predictions_of_other_examples(folder):
-    path = folder / "cells" / "xnli-main-no_ot-s0" / "scores" / "xnli" / "predictions" / "de.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+def test_sums_of_other_languages(folder):
+    path = folder / "cells" / "xnli-main-no_ot-s0" / "sums.json"
+    content = json.loads(path.read_text())
     cell = next(cell for cell in read_study(folder).cells if cell.id == "xnli-main-no_ot-s0")
-    with pytest.raises(XLFAError, match="other examples"):
-        cell.read_predictions()
+    assert list(cell.read_sums()) == LANGUAGES["xnli"]
+    del content["de"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(XLFAError, match="sums of .* run the study again"):
+        cell.read_sums()
     path.unlink()
-    with pytest.raises(XLFAError, match="cannot read the predictions"):
-        cell.read_predictions()
+    with pytest.raises(XLFAError, match="cannot read .*sums.json"):
+        cell.read_sums()
 
 
 def test_values_are_ordered_and_written_as_in_a_file():

@@ -325,7 +325,7 @@ def test_a_study_trains_scores_and_describes_each_cell(study, capsys):
         aligned = cell.control != "no_ot"
         assert (cell.study, cell.arm, cell.seed) == ("tiny", "main", 0)
         assert cell.validation.keys() >= {"eval_accuracy" if cell.task == "xnli" else "eval_f1"}
-        assert set(cell.scores["languages"]) == {"de", "en"} == set(cell.read_predictions())
+        assert set(cell.scores["languages"]) == {"de", "en"} == set(cell.read_sums())
         assert set(cell.retrieval["before"]) == set(cell.retrieval["after"]) == {"de", "fr"}
         assert cell.curves["step"] == [1, 2, 3, 4, 5, 6] and None not in cell.curves["task_loss"]
         assert (None in cell.curves["ot_loss"]) is not aligned

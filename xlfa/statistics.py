@@ -66,7 +66,7 @@ def bootstrap(
     """
     sizes = _sizes(clusters)
     sums = {
-        language: {name: _sum_by_cluster(values, of_language(clusters, language)) for name, values in own.items()}
+        language: {name: sum_by_cluster(values, of_language(clusters, language)) for name, values in own.items()}
         for language, own in counts.items()
     }
     table = statistic({language: map_table(own, lambda values: values.sum(0)) for language, own in sums.items()})
@@ -138,7 +138,7 @@ def _sizes(clusters: Clusters) -> list[int]:
     return [1 + max(own) for own in (clusters.values() if isinstance(clusters, dict) else [clusters])]
 
 
-def _sum_by_cluster(values: np.ndarray, clusters: list[int]) -> np.ndarray:
+def sum_by_cluster(values: np.ndarray, clusters: list[int]) -> np.ndarray:
     """Examples x k to clusters x k."""
     sums = np.zeros((1 + max(clusters), values.shape[1]))
     np.add.at(sums, clusters, values)

@@ -1,7 +1,7 @@
 """The pilot of the epsilon study: at which `ot_weight` is the transport term's gradient a third of the task's?
 
-Prints, for each task, the ratio of the norms at weight 1 and epsilon 0.1 over 20 batches of a seed that is not among the
-study's, at a learning rate of (almost) 0: the encoder as the study starts from it. Reads no score.
+Prints, for each task, the ratio of the norms at weight 1 and epsilon 0.1 over 20 batches of a seed that is not among
+the study's, at a learning rate of (almost) 0: the encoder as the study starts from it. Reads no score.
 
     python results/epsilon/pilot.py ../shared/hub/datasets
 """
@@ -26,9 +26,8 @@ def main(data_root: str) -> None:
     """Print the weights."""
     plan = load_plan(STUDY, data_root)
     for task in ("xnli", "xquad"):
-        cell = next(
-            cell for cell in plan.cells if cell.task == task and (cell.point or {}).get("ot_epsilon") == EPSILON
-        )
+        of_task = [cell for cell in plan.cells if cell.task == task]
+        cell = next(cell for cell in of_task if cell.point and cell.point["ot_epsilon"] == EPSILON)
         with tempfile.TemporaryDirectory() as folder:
             model_args, data_args, training_args = cell.training_arguments(
                 data_root=data_root,

@@ -137,7 +137,7 @@ def analyse(study: Study) -> dict[str, Any]:
     """The content of `report.json`, but for the statements.
 
     Raises:
-        XLFAError: if predictions are missing or are of other examples.
+        XLFAError: if sums by cluster are missing.
     """
     scores = {
         # Seeds of the draws differ, for tasks have different examples.

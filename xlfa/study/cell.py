@@ -31,9 +31,10 @@ from xlfa.scores import SCORES_FILE
 from xlfa.study.encoders import Encoders
 from xlfa.study.grid import Plan, PlannedCell
 from xlfa.study.results import SCHEMA_VERSION
+from xlfa.study.sums import without_examples, write_sums
 from xlfa.training import train
 
-RUN_FOLDER, SCORES_FOLDER, RETRIEVAL_FOLDER, PREDICTIONS_FOLDER = "run", "scores", "retrieval", "predictions"
+RUN_FOLDER, SCORES_FOLDER, RETRIEVAL_FOLDER = "run", "scores", "retrieval"
 SECONDS_FILE = "seconds.json"
 # Name in `result.json` → name in the training log.
 TRANSPORT_NAMES = {
@@ -58,6 +59,7 @@ def run_cell(plan: Plan, cell: PlannedCell, encoders: Encoders) -> dict[str, Any
         validation = _train(plan, cell, folder, encoders)
     with _timed(folder, "score"):
         scores = _score(plan, cell, folder)
+        write_sums(folder, folder / SCORES_FOLDER / cell.task, scores)
     retrieval = None
     if cell.settings["retrieval"] is not None:
         with _timed(folder, "retrieval"):
@@ -79,8 +81,7 @@ def run_cell(plan: Plan, cell: PlannedCell, encoders: Encoders) -> dict[str, Any
         "roles": list(cell.roles),
         "settings": cell.settings,
         "validation": {name: value for name, value in validation.items() if name.startswith("eval_")},
-        "scores": scores,
-        "predictions": f"{SCORES_FOLDER}/{cell.task}/{PREDICTIONS_FOLDER}",
+        "scores": without_examples(scores),
         "retrieval": retrieval,
         "transport": describe_transport(log, state["global_step"], run["model_arguments"]["ot_weight"]),
         "curves": loss_curves(log),

@@ -10,7 +10,7 @@ import numpy as np
 
 from xlfa.errors import XLFAError
 from xlfa.scores import ENGLISH_FAMILY
-from xlfa.statistics import CONFIDENCE, Counts, Table, bootstrap, number_of_draws, of_language
+from xlfa.statistics import CONFIDENCE, Counts, Table, bootstrap, number_of_draws
 from xlfa.study.results import Cell
 from xlfa.study.significance import seed_weights
 from xlfa.tasks import Task, get_task
@@ -97,7 +97,7 @@ def language_groups(languages: list[str], headline: list[str]) -> dict[str, list
 
 
 def score_cells(name: str, cells: list[Cell], headline: list[str], seed: int = 0) -> TaskScores:
-    """Scores of a task's cells and their bootstrap draws, from the predictions.
+    """Scores of a task's cells and their bootstrap draws, from the sums by cluster.
 
     Args:
         name: of the task.
@@ -106,27 +106,30 @@ def score_cells(name: str, cells: list[Cell], headline: list[str], seed: int = 0
         seed: of the draws.
 
     Raises:
-        XLFAError: if predictions are missing or are of other examples, or a language has a single cluster.
+        XLFAError: if sums are missing, or a language has a single cluster.
     """
-    task, first = get_task(name), cells[0].scores
-    metrics, languages, clusters = reported_metrics(task), cells[0].languages, first["clusters"]
-    sizes = {code: 1 + max(of_language(clusters, code)) for code in languages}
+    task = get_task(name)
+    metrics, languages = reported_metrics(task), cells[0].languages
+    sums = [cell.read_sums() for cell in cells]
+    sizes = {code: len(sums[0][code][metrics[0]]) for code in languages}
     if min(sizes.values()) < 2:
         raise XLFAError(
             f"{name}: all examples that were scored in {min(sizes, key=sizes.get)!r} are one cluster, which shows no "
             "spread: score more of them (score: max_examples in the study's file)"
         )
-    # All cells beside each other in one array of sums, examples x (C k): one product serves a draw of all.
-    parts: dict[str, dict[str, list[np.ndarray]]] = {code: {metric: [] for metric in metrics} for code in languages}
-    for cell in cells:
-        for code, rows in cell.read_predictions().items():
-            for metric, values in task.contributions(rows, code).items():
-                if metric in parts[code]:
-                    parts[code][metric].append(values)
+    # All cells beside each other in one array of sums, clusters x (C k): one product serves a draw of all.
     counts: Counts = {
-        code: {metric: np.concatenate(own, axis=1) for metric, own in by_metric.items()}
-        for code, by_metric in parts.items()
+        code: {
+            metric: np.concatenate([own[code][metric] for own in sums], axis=1)
+            for metric in metrics
+            if metric in sums[0][code]
+        }
+        for code in languages
     }
+    clusters = {code: list(range(size)) for code, size in sizes.items()}
+    if task.parallel:
+        # One draw serves all languages.
+        clusters = clusters[languages[0]]
 
     def statistic(sums: Counts) -> Table:
         """Language → metric → position of the cell → scores, ...."""

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from xlfa.errors import XLFAError
-from xlfa.scores import read_predictions
-from xlfa.tasks import Prediction, get_task
+from xlfa.statistics import Counts
+from xlfa.study.sums import DIGEST, read_sums
+from xlfa.tasks import get_task
 
 RESULT_FILE = "result.json"
 FAILED_FILE = "failed.json"
 CELLS_FOLDER = "cells"
-SCHEMA_VERSION = 1
+# Version 1 kept the predictions.
+SCHEMA_VERSION = 2
 CONTROL_ROLE = "control:"
 MAIN_ARM = "main"
 # What cells of a task must share to be compared, of `scores.json`.
-SAME_EXAMPLES = ("dataset", "splits", "ids", "clusters")
+SAME_EXAMPLES = ("dataset", "splits", DIGEST)
 # Values of a condition's label, between fields.
 SEPARATOR = " · "
 
@@ -40,8 +42,7 @@ class Cell:
         roles: `grid`, and `control:NAME` for each control that has the same settings.
         settings: of `train` and `score`, without local paths.
         validation: English validation scores, by `eval_<metric>`.
-        scores: the content of `scores.json`.
-        predictions: the folder with `<language>.jsonl`, relative to `folder`.
+        scores: the content of `scores.json`, with a digest of its examples; `sums.json` lies beside.
         retrieval: P@1 in per cent `before` and `after` training (`after_fused`: of the fused states), by language; None
             where it was not measured.
         transport: means over the last quarter of training; None without a transport term.
@@ -63,7 +64,6 @@ class Cell:
     settings: dict[str, dict[str, Any]]
     validation: dict[str, float]
     scores: dict[str, Any]
-    predictions: str
     retrieval: dict[str, dict[str, float]] | None
     transport: dict[str, float | None] | None
     curves: dict[str, list[float | None]]
@@ -86,22 +86,18 @@ class Cell:
         others = [role.removeprefix(CONTROL_ROLE) for role in self.roles if role.startswith(CONTROL_ROLE)]
         return list(dict.fromkeys([*([self.control] if self.control is not None else []), *others]))
 
-    def read_predictions(self) -> dict[str, list[Prediction]]:
-        """By language.
+    def read_sums(self) -> Counts:
+        """Contributions to the scores, summed by cluster.
 
         Raises:
-            XLFAError: if a file is not there, or holds other examples than `scores`.
+            XLFAError: if they are not there, or are of other languages than `scores`.
         """
-        found = {}
-        for language in self.languages:
-            path = self.folder / self.predictions / f"{language}.jsonl"
-            found[language] = read_predictions(path)
-            ids = self.scores["ids"]
-            if [row.id for row in found[language]] != (ids[language] if isinstance(ids, dict) else ids):
-                raise XLFAError(
-                    f"{path} has other examples than {self.folder / RESULT_FILE}: remove the cell's folder and run the "
-                    "study again"
-                )
+        found = read_sums(self.folder)
+        if list(found) != self.languages:
+            raise XLFAError(
+                f"{self.folder} has sums of {' '.join(found)} and scores of {' '.join(self.languages)}: remove it and "
+                "run the study again"
+            )
         return found
 
 

@@ -1,0 +1,176 @@
+"""What the trunk cache saves in a study: seconds of a sweep of cells with it, without it, and with nothing frozen.
+
+Every side is `xlfa study run` in a process of its own, from the same study file, cut to one task, a grid of epsilons
+and few steps and examples. A cell is all that a cell of the study is (training, validation, scores in every language),
+and the cache is filled by the sweep that uses it, in an empty folder. The unfrozen side has fewer cells, all of one
+seed: it trains another model, and its ratio is that of seconds a cell. Cells with and without the cache must find the
+same scores, but for the rounding of stored states to bfloat16.
+
+    python benchmarks/study.py --data_root ../shared/hub/datasets
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import yaml
+from reporting import header, table
+
+from xlfa.arguments import read_mapping
+from xlfa.backbones import resolve_encoder
+from xlfa.errors import exit_with_message
+from xlfa.files import write_text
+from xlfa.study.results import read_study
+
+STUDY = Path(__file__).parents[1] / "configs/study/epsilon.yaml"
+# Side → training flags, scoring flags.
+SIDES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "frozen, cached": ({"cache_trunk": True}, {"cache_trunk": True}),
+    "frozen": ({"cache_trunk": False}, {"cache_trunk": False}),
+    "unfrozen": ({"cache_trunk": False, "freeze_layers": 0}, {"cache_trunk": False}),
+}
+CACHED, REFERENCE, UNFROZEN = SIDES
+MOST_TIME = 0.65
+# Points between the scores of a cell with and without the cache.
+SCORE_TOLERANCE = 2.0
+RUN = "from xlfa.cli import main; main()"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The cells of one side.
+
+    Attributes:
+        seconds: of the whole process.
+        stages: mean seconds of a cell by stage.
+        scores: (epsilon, seed) → mean over languages of the primary metric.
+    """
+
+    seconds: float
+    stages: dict[str, float]
+    scores: dict[tuple[float, int], float]
+
+    @property
+    def seconds_a_cell(self) -> float:
+        """Of the process, what it does once among them."""
+        return self.seconds / len(self.scores)
+
+
+def study_of_side(side: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The content of a side's study file."""
+    study = read_mapping(options.study)
+    task, (train, score) = study["tasks"][options.task], SIDES[side]
+    unfrozen = side == UNFROZEN
+    short = {
+        "max_steps": options.steps,
+        "warmup_steps": 1,
+        "save_steps": options.steps,
+        "logging_steps": options.steps,
+        "ot_gradient_steps": None,
+        "max_train_examples": options.steps * study["train"]["per_device_train_batch_size"],
+        "max_eval_examples": options.examples,
+    }
+    model = {} if options.model is None else {"model": options.model, "trim_vocab": False}
+    common = study["train"] | {"fusion": "none"} | task.get("train", {})
+    return {
+        "name": "benchmark",
+        "output_dir": str(folder),
+        "seeds": [0] if unfrozen else list(range(options.seeds)),
+        "train": common | short | model | train,
+        "score": task.get("score", {}) | {"max_examples": options.examples} | score,
+        "tasks": {options.task: {}},
+        "grid": {"ot_epsilon": options.epsilons[: options.unfrozen_cells] if unfrozen else options.epsilons},
+    }
+
+
+def run_sweep(side: str, options: argparse.Namespace, folder: Path) -> Sweep:
+    """Run the side's study to its end.
+
+    Args:
+        folder: for its file and its results.
+    """
+    results = folder / side.replace(", ", "_")
+    file = results.with_suffix(".yaml")
+    write_text(file, yaml.safe_dump(study_of_side(side, options, results)))
+    command = [sys.executable, "-c", RUN, "study", "run", str(file), "--data_root", options.data_root]
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - start
+    cells = read_study(results).cells
+    stages = {stage: statistics.mean(cell.seconds[stage] for cell in cells) for stage in cells[0].seconds}
+    metric = cells[0].scores["primary_metric"]
+    scores = {(cell.point["ot_epsilon"], cell.seed): cell.scores["average"][metric] for cell in cells}
+    return Sweep(seconds, stages, scores)
+
+
+def report(options: argparse.Namespace, argv: list[str], sweeps: dict[str, Sweep]) -> tuple[str, bool]:
+    """The benchmark's text, and whether the target is met."""
+    cached, frozen = sweeps[CACHED], sweeps[REFERENCE]
+    stages = list(frozen.stages)
+    lines = [["side", "cells", "seconds", "seconds a cell", *(f"of it {stage}" for stage in stages), "times frozen"]]
+    for side, sweep in sweeps.items():
+        lines.append(
+            [side, str(len(sweep.scores)), f"{sweep.seconds:.0f}", f"{sweep.seconds_a_cell:.1f}"]
+            + [f"{sweep.stages[stage]:.1f}" for stage in stages]
+            + [f"{sweep.seconds_a_cell / frozen.seconds_a_cell:.3f}"]
+        )
+    ratio = cached.seconds / frozen.seconds
+    furthest = max(abs(cached.scores[cell] - frozen.scores[cell]) for cell in frozen.scores)
+    met = ratio <= MOST_TIME and furthest <= SCORE_TOLERANCE
+    unfrozen = sweeps[UNFROZEN].seconds_a_cell
+    summary = [
+        f"{'met' if met else 'NOT MET'}: a sweep of {len(cached.scores)} cells takes {ratio:.3f} of the same cells "
+        f"without the cache (at most {MOST_TIME}, the filling included)",
+        f"scores of a cell differ by at most {furthest:.2f} points between both (at most {SCORE_TOLERANCE:g})",
+        f"beside an unfrozen cell, another model: {cached.seconds_a_cell / unfrozen:.3f}",
+    ]
+    shown = {name: value for name, value in vars(options).items() if name not in ("study", "output")}
+    settings = f"study: {options.study.name}; {json.dumps(shown)}"
+    text = [*header("benchmarks/study.py", argv, "cpu"), settings, "", *table(lines), "", *summary]
+    return "\n".join(text) + "\n", met
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """The benchmark's flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, default=STUDY, help="the study's file (epsilon.yaml)")
+    parser.add_argument("--data_root", required=True, help="folder with the data sets, or 'sample'")
+    parser.add_argument("--model", help="instead of the study's encoder, with its whole vocabulary")
+    parser.add_argument("--task", default="xnli", help="of the study (%(default)s)")
+    parser.add_argument("--epsilons", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3, 1.0, 3.0])
+    parser.add_argument("--seeds", type=int, default=2, help="number of them, each with all epsilons (%(default)s)")
+    parser.add_argument("--unfrozen_cells", type=int, default=2, help="cells of the unfrozen side (%(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="of a cell's training (%(default)s)")
+    parser.add_argument("--examples", type=int, default=90, help="validated, and scored a language (%(default)s)")
+    parser.add_argument("--output", type=Path, help="write the report to this file as well")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Run all sides and print the report; exit 1 if the target is not met."""
+    options = parse_arguments(argv)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"XLFA_CACHE": f"{folder}/cache"}):
+        # Weights from a package are made into an encoder once, before anything is timed.
+        resolve_encoder(options.model or read_mapping(options.study)["train"]["model"])
+        sweeps = {}
+        for side in SIDES:
+            sweeps[side] = run_sweep(side, options, Path(folder))
+            print(f"{side}: {sweeps[side].seconds:.0f} s", file=sys.stderr)
+    text, met = report(options, argv, sweeps)
+    print(text, end="")
+    if options.output is not None:
+        write_text(options.output, text)
+    raise SystemExit(not met)
+
+
+if __name__ == "__main__":
+    exit_with_message(main, sys.argv[1:])
