@@ -16,6 +16,8 @@ EXAMPLES = """examples:
   xlfa rankc --model packaged:multilingual-e5-small --dataset local/bmlama17 --data_root … --output_dir runs/rankc
   xlfa vocab augment --model xlm-roberta-base --texts greek.txt --pieces 1000 --output_dir encoders/greek
   xlfa study run configs/study/epsilon.yaml --data_root …
+  xlfa align "The cat sat on the mat." "Die Katze saß auf der Matte."
+  xlfa align-score gold.txt hypothesis.txt
   xlfa backbone packaged:multilingual-e5-small
 
 `xlfa train` and `xlfa eval` run one process; on several devices use
@@ -86,6 +88,18 @@ def _study(argv: list[str]) -> None:
     study_main(argv)
 
 
+def _align(argv: list[str]) -> None:
+    from xlfa.alignment.commands import main as alignment_main
+
+    alignment_main(argv)
+
+
+def _align_score(argv: list[str]) -> None:
+    from xlfa.alignment.score_commands import main as alignment_score_main
+
+    alignment_score_main(argv)
+
+
 def _backbone(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="xlfa backbone", description="Build an encoder from PyPI packages and print the folder it lies in."
@@ -107,5 +121,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "rankc": _rankc,
     "vocab": _vocab,
     "study": _study,
+    "align": _align,
+    "align-score": _align_score,
     "backbone": _backbone,
 }
