@@ -180,7 +180,7 @@ def test_a_number_beyond_the_cells_is_refused(load):
 @pytest.mark.parametrize("name", ["epsilon", "layers", "fusion", "sample"])
 def test_the_studies_of_the_repository_can_be_planned(name):
     plan = load_plan(REPOSITORY / "configs" / "study" / f"{name}.yaml")
-    sizes = {"epsilon": 3 * 5 * 16 * 2, "layers": 3 * 7 * 2, "fusion": 3 * 7, "sample": 6}
+    sizes = {"epsilon": 4 * 5 * 16 * 2, "layers": 3 * 7 * 2, "fusion": 3 * 7, "sample": 6}
     assert len(plan.cells) == sizes[name]
     assert json.loads(json.dumps([cell.settings for cell in plan.cells])) == [cell.settings for cell in plan.cells]
 
