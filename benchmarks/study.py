@@ -1,10 +1,10 @@
 """What the trunk cache saves in a study: seconds of a sweep of cells with it, without it, and with nothing frozen.
 
-Every side is `xlfa study run` in a process of its own, from the same study file, cut to one task, a grid of epsilons
-and few steps and examples. A cell is all that a cell of the study is (training, validation, scores in every language),
-and the cache is filled by the sweep that uses it, in an empty folder. The unfrozen side has fewer cells, all of one
-seed: it trains another model, and its ratio is that of seconds a cell. Cells with and without the cache must find the
-same scores, but for the rounding of stored states to bfloat16.
+Every side is `xlfa study run` in a process of its own, from the same study file, cut to some epsilons, seeds, steps and
+examples. A cell is all that a cell of the study is (training, validation, scores in every language), and the cache is
+filled by the sweep that uses it, in an empty folder. The unfrozen side has fewer cells: it trains another model, and
+its ratio is that of seconds a cell. Cells with and without the cache must find the same scores, but for the rounding of
+stored states to bfloat16.
 
     python benchmarks/study.py --data_root ../shared/hub/datasets
 """
@@ -52,12 +52,12 @@ class Sweep:
     Attributes:
         seconds: of the whole process.
         stages: mean seconds of a cell by stage.
-        scores: (epsilon, seed) → mean over languages of the primary metric.
+        scores: (task, epsilon, seed) → mean over languages of the primary metric.
     """
 
     seconds: float
     stages: dict[str, float]
-    scores: dict[tuple[float, int], float]
+    scores: dict[tuple[str, float, int], float]
 
     @property
     def seconds_a_cell(self) -> float:
@@ -68,8 +68,7 @@ class Sweep:
 def study_of_side(side: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The content of a side's study file."""
     study = read_mapping(options.study)
-    task, (train, score) = study["tasks"][options.task], SIDES[side]
-    unfrozen = side == UNFROZEN
+    (train, score), unfrozen = SIDES[side], side == UNFROZEN
     short = {
         "max_steps": options.steps,
         "warmup_steps": 1,
@@ -80,15 +79,22 @@ def study_of_side(side: str, options: argparse.Namespace, folder: Path) -> dict[
         "max_eval_examples": options.examples,
     }
     model = {} if options.model is None else {"model": options.model, "trim_vocab": False}
-    common = study["train"] | {"fusion": "none"} | task.get("train", {})
+    changed = short | model | train
+    tasks = {
+        name: {
+            "train": {key: value for key, value in study["tasks"][name]["train"].items() if key not in changed},
+            "score": {key: value for key, value in study["tasks"][name]["score"].items() if key != "max_examples"},
+        }
+        for name in options.tasks
+    }
     return {
         "name": "benchmark",
         "output_dir": str(folder),
         "seeds": [0] if unfrozen else list(range(options.seeds)),
-        "train": common | short | model | train,
-        "score": task.get("score", {}) | {"max_examples": options.examples} | score,
-        "tasks": {options.task: {}},
-        "grid": {"ot_epsilon": options.epsilons[: options.unfrozen_cells] if unfrozen else options.epsilons},
+        "train": study["train"] | {"fusion": "none"} | changed,
+        "score": {"max_examples": options.examples} | score,
+        "tasks": tasks,
+        "grid": {"ot_epsilon": options.epsilons[:1] if unfrozen else options.epsilons},
     }
 
 
@@ -107,8 +113,10 @@ def run_sweep(side: str, options: argparse.Namespace, folder: Path) -> Sweep:
     seconds = time.perf_counter() - start
     cells = read_study(results).cells
     stages = {stage: statistics.mean(cell.seconds[stage] for cell in cells) for stage in cells[0].seconds}
-    metric = cells[0].scores["primary_metric"]
-    scores = {(cell.point["ot_epsilon"], cell.seed): cell.scores["average"][metric] for cell in cells}
+    scores = {
+        (cell.task, cell.point["ot_epsilon"], cell.seed): cell.scores["average"][cell.scores["primary_metric"]]
+        for cell in cells
+    }
     return Sweep(seconds, stages, scores)
 
 
@@ -145,12 +153,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--study", type=Path, default=STUDY, help="the study's file (epsilon.yaml)")
     parser.add_argument("--data_root", required=True, help="folder with the data sets, or 'sample'")
     parser.add_argument("--model", help="instead of the study's encoder, with its whole vocabulary")
-    parser.add_argument("--task", default="xnli", help="of the study (%(default)s)")
-    parser.add_argument("--epsilons", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3, 1.0, 3.0])
-    parser.add_argument("--seeds", type=int, default=2, help="number of them, each with all epsilons (%(default)s)")
-    parser.add_argument("--unfrozen_cells", type=int, default=2, help="cells of the unfrozen side (%(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="of a cell's training (%(default)s)")
-    parser.add_argument("--examples", type=int, default=90, help="validated, and scored a language (%(default)s)")
+    parser.add_argument("--tasks", nargs="+", default=["xnli", "xquad"], help="of the study (xnli xquad)")
+    parser.add_argument("--epsilons", type=float, nargs="+", default=[0.01, 0.1, 1.0], help="(0.01 0.1 1)")
+    parser.add_argument("--seeds", type=int, default=2, help="number of them (%(default)s); unfrozen: one, one epsilon")
+    parser.add_argument("--steps", type=int, default=16, help="of a cell's training (%(default)s)")
+    parser.add_argument("--examples", type=int, default=40, help="validated, and scored a language (%(default)s)")
     parser.add_argument("--output", type=Path, help="write the report to this file as well")
     return parser.parse_args(argv)
 

@@ -11,7 +11,7 @@ import study as benchmark  # noqa: E402
 
 from xlfa.study.grid import load_plan  # noqa: E402
 
-SMALL = ["--data_root", "sample", "--steps", "2", "--examples", "18", "--epsilons", "0.1", "--unfrozen_cells", "1"]
+SMALL = ["--data_root", "sample", "--steps", "2", "--examples", "18", "--epsilons", "0.1", "--tasks", "xnli"]
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def options(tiny_encoder):
 
 
 def sweep(seconds, *scores):
-    found = {(0.1, seed): score for seed, score in enumerate(scores)}
+    found = {("xnli", 0.1, seed): score for seed, score in enumerate(scores)}
     return benchmark.Sweep(seconds, {"train": 1.0, "score": 2.0}, found)
 
 
@@ -66,7 +66,19 @@ def test_the_benchmark_runs(tiny_encoder, tmp_path, capsys):
     output = tmp_path / "report.txt"
     with pytest.raises(SystemExit):
         benchmark.main(
-            [*SMALL, "--seeds", "2", "--model", tiny_encoder, "--study", str(study), "--output", str(output)]
+            [
+                *SMALL,
+                "--seeds",
+                "2",
+                "--tasks",
+                "xnli",
+                "--model",
+                tiny_encoder,
+                "--study",
+                str(study),
+                "--output",
+                str(output),
+            ]
         )
     text = output.read_text()
     assert text == capsys.readouterr().out
