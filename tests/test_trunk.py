@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -201,6 +202,15 @@ def test_a_write_that_fails_leaves_nothing(model, tokenizer, tmp_path, monkeypat
     with pytest.raises(XLFAError, match="cannot write to .*No space left"):
         cache.fill(sequences(tokenizer), "texts")
     assert [path.name for path in cache.folder.iterdir()] == ["lock"]
+
+
+def test_what_is_stored_is_there_while_another_run_stores_something_else(model, tokenizer, tmp_path):
+    cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
+    cache.fill(sequences(tokenizer), "texts")
+    with FileLock(cache.folder / "lock"), pytest.MonkeyPatch.context() as patched:
+        # Whoever waits for the lock now fails at once.
+        patched.setattr("xlfa.trunk.FileLock", lambda path: FileLock(path, timeout=0))
+        TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path).fill(sequences(tokenizer), "texts")
 
 
 # Fills a cache in many small files, and tells when each one is in place.

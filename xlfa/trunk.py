@@ -102,6 +102,9 @@ class TrunkCache:
             XLFAError: if the disk is full or the folder cannot be written to.
         """
         state = PartialState()
+        if state.num_processes == 1 and not self._missing(sequences):
+            # Another run may hold the lock for minutes, to store what this one does not need.
+            return
         with FileLock(self.folder / "lock") if state.is_main_process else nullcontext():
             if state.is_main_process:
                 # Of killed writers: nobody else writes now.
@@ -114,16 +117,11 @@ class TrunkCache:
             self._read_files()
 
     def _fill(self, sequences: Dataset, description: str) -> None:
-        names = [name for name in ("input_ids", "token_type_ids") if name in sequences.column_names]
-        columns = [sequences[name][:] for name in names]
-        missing: dict[bytes, int] = {}
-        for position, row in enumerate(zip(*columns)):
-            key = _key(*(np.asarray(values, dtype=np.int64) for values in row))
-            if key not in self._places:
-                missing.setdefault(key, position)
+        missing = self._missing(sequences)
         if not missing:
             return
-        lengths = {key: len(columns[0][position]) for key, position in missing.items()}
+        columns = _columns(sequences)
+        lengths = {key: len(columns["input_ids"][position]) for key, position in missing.items()}
         size = sum(lengths.values()) * self._bytes_a_token
         if size > shutil.disk_usage(self.folder).free:
             raise XLFAError(
@@ -141,12 +139,21 @@ class TrunkCache:
         for keys in _by_size(lengths, FILE_SIZE // self._bytes_a_token):
             positions = [missing[key] for key in keys]
             inputs = Dataset.from_dict(
-                {name: [column[position] for position in positions] for name, column in zip(names, columns)}
+                {name: [column[position] for position in positions] for name, column in columns.items()}
                 | {"length": [lengths[key] for key in keys]}
             )
             states = self._compute(inputs, f"trunk, {description}")
             if PartialState().is_main_process:
                 self._write(keys, states)
+
+    def _missing(self, sequences: Dataset) -> dict[bytes, int]:
+        """Key → position of the sequences that are not stored, as far as files were read."""
+        missing: dict[bytes, int] = {}
+        for position, row in enumerate(zip(*_columns(sequences).values())):
+            key = _key(*(np.asarray(values, dtype=np.int64) for values in row))
+            if key not in self._places:
+                missing.setdefault(key, position)
+        return missing
 
     @property
     def _bytes_a_token(self) -> int:
@@ -231,6 +238,11 @@ class _Trunk(nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> dict[int, torch.Tensor]:
         return run_layers(self.encoder, inputs, self.layers, last=self.layers[-1])[0]
+
+
+def _columns(sequences: Dataset) -> dict[str, list[list[int]]]:
+    """What states depend on, by name."""
+    return {name: sequences[name][:] for name in ("input_ids", "token_type_ids") if name in sequences.column_names}
 
 
 def _key(*columns: np.ndarray) -> bytes:
