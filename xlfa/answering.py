@@ -35,6 +35,10 @@ DESCRIPTION = (
     "Answer questions about contexts in any language with a trained question-answering model: one question by "
     "--question and --context, or many from a JSON-lines file with the fields question, context and, if wanted, id."
 )
+EXAMPLES = """examples:
+  xlfa predict --model runs/xquad --question "Who sleeps?" --context "The cat sleeps on the mat."
+  xlfa predict --model runs/xquad --input questions.jsonl --output answers.jsonl
+"""
 
 
 @dataclass(kw_only=True)
@@ -68,7 +72,7 @@ class AnsweringArguments(InferenceArguments):
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `xlfa predict`."""
     (arguments,) = parse_arguments(
-        [AnsweringArguments], sys.argv[1:] if argv is None else argv, "xlfa predict", DESCRIPTION
+        [AnsweringArguments], sys.argv[1:] if argv is None else argv, "xlfa predict", DESCRIPTION, EXAMPLES
     )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     model, tokenizer = load_model(TASK, arguments.model)

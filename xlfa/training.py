@@ -44,13 +44,18 @@ from xlfa.vocabulary.trimming import trim_vocabulary
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Fine-tune an encoder with feature aggregation and optimal-transport alignment on an English task."
+EXAMPLES = """examples:
+  xlfa train configs/quickstart.yaml --output_dir runs/first
+  xlfa train --model xlm-roberta-base --task xnli --fusion dlfa --output_dir runs/xnli-dlfa
+  accelerate launch train_xlfa.py --model xlm-roberta-base --task xquad --output_dir runs/xquad
+"""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `train_xlfa.py` and `xlfa train`."""
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, training_args = parse_arguments(
-        [ModelArguments, DataArguments, XLFATrainingArguments], argv, "train_xlfa.py", DESCRIPTION
+        [ModelArguments, DataArguments, XLFATrainingArguments], argv, "train_xlfa.py", DESCRIPTION, EXAMPLES
     )
     logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)

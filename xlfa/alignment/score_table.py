@@ -273,7 +273,7 @@ def format_table(table: dict[str, Any]) -> str:
     widths = {name: max(7, len(name)) for name in errors}
     first = max(map(len, shown))
     lines = [
-        f"{error} in per cent, {sum(table['sets'].values())} sentence pairs, {len(table['conditions'])} conditions"
+        f"{error} in per cent, sentence pairs: {sum(table['sets'].values())}, conditions: {len(table['conditions'])}"
     ]
     lines.append("  ".join([" " * first, *(name.rjust(width) for name, width in widths.items())]))
     for condition in shown:
