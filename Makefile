@@ -10,7 +10,7 @@ LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml --n
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[offline,compiled,trackers,align,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[offline,compiled,trackers,align,app,test]"
 	touch $@
 
 # Trains DLFA + OT on the embedded sample, scores every language, prints the tables and draws a figure; no network.
@@ -26,7 +26,7 @@ test: $(VENV)/.installed
 
 # What the default tests leave out, and the Triton kernel in Triton's interpreter (a package of a gigabyte).
 test-full: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[offline,compiled,trackers,align,triton,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[offline,compiled,trackers,align,app,browser,triton,test]"
 	$(BIN)/python -m pytest -m "full or not full"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/test_sinkhorn_triton.py
 

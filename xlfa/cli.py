@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   xlfa study run configs/study/epsilon.yaml --data_root …
   xlfa align "The cat sat on the mat." "Die Katze saß auf der Matte."
   xlfa align-score gold.txt hypothesis.txt
+  xlfa app
   xlfa backbone packaged:multilingual-e5-small
 
 `xlfa train` and `xlfa eval` run one process; on several devices use
@@ -101,6 +102,12 @@ def _align_score(argv: list[str]) -> None:
     alignment_score_main(argv)
 
 
+def _app(argv: list[str]) -> None:
+    from xlfa.app.commands import main as app_main
+
+    app_main(argv)
+
+
 def _backbone(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="xlfa backbone",
@@ -127,5 +134,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "study": _study,
     "align": _align,
     "align-score": _align_score,
+    "app": _app,
     "backbone": _backbone,
 }
