@@ -122,6 +122,12 @@ def change_scores(folder, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def without_clusters(folder):
+    scores = json.loads((folder / SCORES_FILE).read_text())
+    del scores["clusters"]
+    (folder / SCORES_FILE).write_text(json.dumps(scores))
+
+
 def without_a_language(folder):
     scores = json.loads((folder / SCORES_FILE).read_text())
     del scores["languages"]["th"]
@@ -159,6 +165,7 @@ def other_ids(folder):
         (lambda folder: change_scores(folder, dataset="org/other"), "dataset 'facebook/xnli' in the first"),
         (lambda folder: change_scores(folder, task="xquad"), "scored on the task 'xquad', not on 'xnli'"),
         (lambda folder: change_scores(folder, schema_version=1), "schema_version 1"),
+        (without_clusters, "lacks 'clusters', which a comparison needs: score the run again"),
         (lambda folder: (folder / SCORES_FILE).write_text("{"), "holds no scores"),
         (lambda folder: (folder / SCORES_FILE).unlink(), "holds scores.json"),
         (lambda folder: predictions_file(folder, "de").unlink(), "de.jsonl"),

@@ -101,6 +101,13 @@ def test_a_long_question_is_cut_and_leaves_room_for_the_context(tokenizer):
         assert len(window["input_ids"]) <= MAX_LENGTH
 
 
+def test_a_context_without_a_token_is_refused(tokenizer):
+    rows = question_rows(CONTEXT, [("word0", 0), ("word0", 0)]).to_dict()
+    rows["context"][1] = " "
+    with pytest.raises(XLFAError, match="no piece for any character of ' ', the context"):
+        TASK.encode(rows, range(2), tokenizer, MAX_LENGTH, STRIDE)
+
+
 def test_a_limit_without_room_for_a_context_is_refused(tokenizer):
     with pytest.raises(XLFAError, match="--max_length 67 leaves no room"):
         TASK.windows(question_rows(CONTEXT, [("word0", 0)]), tokenizer, 67, STRIDE)

@@ -32,6 +32,8 @@ from xlfa.tasks import Prediction, Task
 
 COMPARISON_FILE = "compare.json"
 COMPARISON_VERSION = 1
+# Of `scores.json`.
+COMPARED = ("dataset", "splits", "languages", "examples", "ids", "clusters")
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,9 @@ def read_run(task: Task, path: Path) -> ScoredRun:
             f"{file} has schema_version {version}, and a comparison needs {SCHEMA_VERSION}, which has the clusters of "
             "the examples: score the run again"
         )
+    missing = [name for name in COMPARED if name not in scores]
+    if missing:
+        raise XLFAError(f"{file} lacks {missing[0]!r}, which a comparison needs: score the run again")
     predictions = {language: read_predictions(predictions_file(folder, language)) for language in scores["languages"]}
     for language, rows in predictions.items():
         if [row.id for row in rows] != of_language(scores["ids"], language):

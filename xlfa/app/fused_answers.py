@@ -18,7 +18,6 @@ from modeling_xlfa.fusion_xlfa import ScalarMix
 from modeling_xlfa.modeling_xlfa import XLFAQuestionAnsweringOutput
 from xlfa.answering import TASK
 from xlfa.arguments import InferenceArguments
-from xlfa.errors import XLFAError
 from xlfa.evaluation import input_lengths
 from xlfa.inference import INPUT_NAMES, InferenceOptions, infer
 from xlfa.tasks.question_answering import Answer, find_answers
@@ -79,8 +78,6 @@ def answer_question(
     Raises:
         XLFAError: for a context in which the tokenizer finds nothing.
     """
-    if not tokenizer(context, add_special_tokens=False)["input_ids"]:
-        raise XLFAError(f"the model's tokenizer has no piece for any character of the paragraph {context[:40]!r}")
     lengths = input_lengths(None, None, model.config, TASK)
     columns = {"question": [question], "context": [context]}
     windows = Dataset.from_dict(TASK.encode(columns, range(1), tokenizer, *lengths))

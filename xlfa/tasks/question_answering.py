@@ -76,6 +76,9 @@ class QuestionAnsweringTask(Task):
 
         The context stands in a window from token `context_start` on; `first_characters` and `past_characters` say for
         each of its tokens there where in the context it begins and ends.
+
+        Raises:
+            XLFAError: for a `max_length` without room for a context, and a context without a single token.
         """
         questions, cut = _cut_questions([question.lstrip() for question in batch["question"]], tokenizer)
         room = max_length - MAX_QUESTION_TOKENS - tokenizer.num_special_tokens_to_add(pair=True)
@@ -104,6 +107,12 @@ class QuestionAnsweringTask(Task):
             for index, example in enumerate(examples)
         ]
         spans = [_context_span(encoded.sequence_ids(index)) for index in range(len(examples))]
+        if None in spans:
+            number = examples[spans.index(None)]
+            raise XLFAError(
+                f"the model's tokenizer has no piece for any character of {batch['context'][number][:40]!r}, the "
+                f"context of the question {batch['question'][number][:40]!r}: leave this question out"
+            )
         windows["context_start"] = [first for first, _ in spans]
         windows["context_length"] = [past - first for first, past in spans]
         for name, side in (("first_characters", 0), ("past_characters", 1)):
@@ -214,8 +223,10 @@ def answer_tokens(
     return start, max(start, end)
 
 
-def _context_span(sequence_ids: list[int | None]) -> tuple[int, int]:
-    """First token of the second sequence, and the one after its last."""
+def _context_span(sequence_ids: list[int | None]) -> tuple[int, int] | None:
+    """First token of the second sequence, and the one after its last; None where it has no token."""
+    if 1 not in sequence_ids:
+        return None
     return sequence_ids.index(1), len(sequence_ids) - sequence_ids[::-1].index(1)
 
 
