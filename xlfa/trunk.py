@@ -101,8 +101,8 @@ class TrunkCache:
         Raises:
             XLFAError: if the disk is full or the folder cannot be written to.
         """
-        state = PartialState()
-        if state.num_processes == 1 and not self._missing(sequences):
+        state, columns = PartialState(), _columns(sequences)
+        if state.num_processes == 1 and not self._missing(columns):
             # Another run may hold the lock for minutes, to store what this one does not need.
             return
         with FileLock(self.folder / "lock") if state.is_main_process else nullcontext():
@@ -112,15 +112,14 @@ class TrunkCache:
                     leftover.unlink()
             state.wait_for_everyone()
             self._read_files()
-            self._fill(sequences, description)
+            self._fill(columns, description)
             state.wait_for_everyone()
             self._read_files()
 
-    def _fill(self, sequences: Dataset, description: str) -> None:
-        missing = self._missing(sequences)
+    def _fill(self, columns: dict[str, list[list[int]]], description: str) -> None:
+        missing = self._missing(columns)
         if not missing:
             return
-        columns = _columns(sequences)
         lengths = {key: len(columns["input_ids"][position]) for key, position in missing.items()}
         size = sum(lengths.values()) * self._bytes_a_token
         if size > shutil.disk_usage(self.folder).free:
@@ -146,10 +145,10 @@ class TrunkCache:
             if PartialState().is_main_process:
                 self._write(keys, states)
 
-    def _missing(self, sequences: Dataset) -> dict[bytes, int]:
+    def _missing(self, columns: dict[str, list[list[int]]]) -> dict[bytes, int]:
         """Key → position of the sequences that are not stored, as far as files were read."""
         missing: dict[bytes, int] = {}
-        for position, row in enumerate(zip(*_columns(sequences).values())):
+        for position, row in enumerate(zip(*columns.values())):
             key = _key(*(np.asarray(values, dtype=np.int64) for values in row))
             if key not in self._places:
                 missing.setdefault(key, position)

@@ -58,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", choices=["table", "pharaoh", "json"], help="table (default), or pharaoh (default of --file): 0-0 …")
     add("--skip_unusable", action="store_true", help="with --file: no links for a line that cannot be aligned")
     add("--model", default="packaged:multilingual-e5-small", metavar="NAME", help="an encoder or a trained XLFA model")
-    add("--layer", type=_layer, metavar="N", help="0..N, fused or last; default: as trained, else at 2/3 of the depth")
+    add(
+        "--layer",
+        type=parse_layer,
+        metavar="N",
+        help="0..N, fused or last; default: as trained, else at 2/3 of the depth",
+    )
     add("--epsilon", type=float, default=0.1, metavar="E", help="0: exact plan; small: hard; inf: uniform (0.1)")
     add(
         "--epsilon_scale",
@@ -86,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _layer(text: str) -> int | str:
+def parse_layer(text: str) -> int | str:
+    """A layer as `Aligner` takes it, from a command line."""
     return int(text) if text.isdecimal() else text
 
 

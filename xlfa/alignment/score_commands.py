@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xlfa.alignment.commands import parse_layer
 from xlfa.errors import XLFAError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--source_language", metavar="CODE", help="of --file, ISO 639-1; by default the script decides")
     add("--target_language", metavar="CODE", help="likewise")
     add("--model", metavar="NAME", help="an encoder or a trained XLFA model (packaged:multilingual-e5-small)")
-    add("--layers", "--layer", nargs="+", type=_layer, metavar="N", help="0..N, fused or last (as xlfa align)")
+    add("--layers", "--layer", nargs="+", type=parse_layer, metavar="N", help="0..N, fused or last (as xlfa align)")
     add("--epsilons", "--epsilon", nargs="+", type=float, metavar="E", help="of the plans (0.1)")
     add("--unbalanced", nargs="+", type=_strength, metavar="TAU", help="of the plans, or none (none)")
     add("--methods", "--method", nargs="+", metavar="NAME", help="mutual_argmax threshold softmax argmax (all four)")
@@ -68,10 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--output_dir", type=Path, metavar="DIR", help="write table.csv and table.json there")
     add("--json", action="store_true", help="print JSON")
     return parser
-
-
-def _layer(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 def _strength(text: str) -> float | None:

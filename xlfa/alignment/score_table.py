@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,16 +76,8 @@ class Proposal:
 Proposals = dict[str, dict[Condition, Proposal]]
 
 
-def _softmax(states: Sequence[PairStates]) -> Iterable[list[Link]]:
-    return map(softmax_links, states)
-
-
-def _argmax(states: Sequence[PairStates]) -> Iterable[list[Link]]:
-    return map(argmax_links, states)
-
-
 # Ways to extract links that need no plan.
-BASELINES = {"softmax": _softmax, "argmax": _argmax}
+BASELINES: dict[str, Callable[[PairStates], list[Link]]] = {"softmax": softmax_links, "argmax": argmax_links}
 ALL_METHODS = (*METHODS, *BASELINES)
 
 
@@ -148,7 +140,7 @@ def _encode(aligner: Aligner, gold: GoldSet, number: int) -> EncodedPair:
 
 def _extract(condition: Condition, states: Sequence[PairStates], alignments: Sequence[Alignment]) -> Proposal:
     if condition.method in BASELINES:
-        found = BASELINES[condition.method](states)
+        found = map(BASELINES[condition.method], states)
     else:
         threshold = {} if condition.threshold is None else {"threshold": condition.threshold}
         found = (extract_links(alignment, condition.method, **threshold) for alignment in alignments)
