@@ -118,6 +118,20 @@ def _rows(task: Task, sums: Counts, run: str) -> dict[str, Any]:
     return table_rows(tabulate(task, own))
 
 
+def read_scores(file: Path) -> dict[str, Any]:
+    """The content of a `scores.json` of any version; it names its version and its task.
+
+    Raises:
+        XLFAError: if the file holds something else.
+    """
+    try:
+        scores = json.loads(file.read_text(encoding="utf-8"))
+        scores["schema_version"], scores["task"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise XLFAError(f"{file} holds no scores as XLFA writes them: {error!r}") from None
+    return scores
+
+
 def read_run(task: Task, path: Path) -> ScoredRun:
     """The scores of a task and their predictions.
 
@@ -132,11 +146,8 @@ def read_run(task: Task, path: Path) -> ScoredRun:
             f"--model and --task {task.name}"
         )
     file = folder / SCORES_FILE
-    try:
-        scores = json.loads(file.read_text(encoding="utf-8"))
-        version, name = scores["schema_version"], scores["task"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise XLFAError(f"{file} holds no scores as XLFA writes them: {error!r}") from None
+    scores = read_scores(file)
+    version, name = scores["schema_version"], scores["task"]
     if name != task.name:
         raise XLFAError(f"--compare {path}: it was scored on the task {name!r}, not on {task.name!r}")
     if version != SCHEMA_VERSION:

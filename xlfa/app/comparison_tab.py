@@ -1,7 +1,6 @@
 """The tab that compares two scored runs by language."""
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,10 @@ import gradio as gr
 from matplotlib.figure import Figure
 
 from xlfa.app.elements import facts, message, picture
-from xlfa.comparison import compare_runs
+from xlfa.comparison import compare_runs, read_scores
 from xlfa.errors import XLFAError
 from xlfa.scores import SCORES_FILE, describe_examples
-from xlfa.tasks import Task, get_task
+from xlfa.tasks import get_task
 
 HEADERS = ["", "A", "B", "B − A", "95 % interval", "p", "p adjusted"]
 CERTAIN, UNCERTAIN, INK = "#1b4f72", "#a9bfcf", "#1f2328"
@@ -53,19 +52,12 @@ def compare(folder: Path, a: str | None, b: str | None) -> dict[str, Any]:
         if name not in runs:
             raise XLFAError(f"run {side}: choose one of the {len(runs)} scored runs, not {name!r}")
     try:
-        comparison = compare_runs(_task_of(runs[a]), runs[a], runs[b])
+        task = get_task(read_scores(runs[a] / SCORES_FILE)["task"])
+        comparison = compare_runs(task, runs[a], runs[b])
     except (LookupError, TypeError, AttributeError, OSError) as error:
         # The page outlives a file that was cut or written by hand.
         raise XLFAError(f"the scores of {a} or {b} are damaged ({error!r}): score the run again") from None
     return {**comparison, "a": a, "b": b}
-
-
-def _task_of(scores: Path) -> Task:
-    try:
-        name = json.loads((scores / SCORES_FILE).read_text(encoding="utf-8"))["task"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise XLFAError(f"{scores / SCORES_FILE} holds no scores as XLFA writes them: {error!r}") from None
-    return get_task(name)
 
 
 def describe(comparison: dict[str, Any]) -> dict[str, str]:
