@@ -8,6 +8,8 @@ package runs. The result is an ordinary Hugging Face folder in the user's cache.
 import hashlib
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import BertConfig, XLMRobertaTokenizer
 
+from xlfa.checkpoints import is_out_of_space
 from xlfa.errors import XLFAError
 from xlfa.files import building_folder
 
@@ -63,6 +66,21 @@ PARAMETER_NAMES = {"w": "weight", "b": "bias"}
 def cache_dir() -> Path:
     """Where built folders live: `$XLFA_CACHE`, by default `xlfa` inside the Hugging Face home."""
     return Path(os.environ.get("XLFA_CACHE") or Path(HF_HOME) / "xlfa")
+
+
+@contextmanager
+def naming_model(name: str) -> Iterator[None]:
+    """Turn what transformers raises for a model that cannot be built into an `XLFAError` that names `--model`."""
+    try:
+        yield
+    except XLFAError:
+        raise
+    except OSError as error:
+        if is_out_of_space(error):
+            raise
+        raise XLFAError(f"--model {name}: no such encoder on the Hub or as a folder ({error})") from None
+    except (ValueError, ImportError) as error:
+        raise XLFAError(f"--model {name}: {error}") from None
 
 
 def resolve_encoder(name_or_path: str) -> str:

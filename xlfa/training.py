@@ -4,7 +4,6 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from xlfa.arguments import (
     XLFATrainingArguments,
     parse_arguments,
 )
-from xlfa.backbones import resolve_encoder
-from xlfa.checkpoints import check_same_model, check_same_run, find_checkpoint, is_out_of_space, naming_full_disk
+from xlfa.backbones import naming_model, resolve_encoder
+from xlfa.checkpoints import check_same_model, check_same_run, find_checkpoint, naming_full_disk
 from xlfa.environment import describe_threads
 from xlfa.errors import XLFAError, exit_with_message
 from xlfa.evaluation import EvaluationArguments, evaluate_model, print_scores
@@ -265,21 +264,6 @@ def vocabulary_texts(
             yield from pair
     for language in task.check_languages(None, data_args.data_root):
         yield from task.texts(task.load_test(language, data_args.data_root))
-
-
-@contextmanager
-def naming_model(name: str) -> Iterator[None]:
-    """Turn what transformers raises for a model that cannot be built into an `XLFAError` that names `--model`."""
-    try:
-        yield
-    except XLFAError:
-        raise
-    except OSError as error:
-        if is_out_of_space(error):
-            raise
-        raise XLFAError(f"--model {name}: no such encoder on the Hub or as a folder ({error})") from None
-    except (ValueError, ImportError) as error:
-        raise XLFAError(f"--model {name}: {error}") from None
 
 
 def build_model(

@@ -10,13 +10,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from xlfa.backbones import cache_dir
+from xlfa.backbones import cache_dir, naming_model
 from xlfa.data import SAMPLE
 from xlfa.files import write_text
 from xlfa.retrieval import COLUMNS, CONFIGS, load_pairs, score_retrieval
 from xlfa.study.grid import Plan, PlannedCell
 from xlfa.tasks import get_task
-from xlfa.training import load_pair_texts, naming_model, vocabulary_texts
+from xlfa.training import load_pair_texts, vocabulary_texts
 from xlfa.vocabulary.folders import Source
 from xlfa.vocabulary.trimming import kept_ids, trimmed_encoder
 

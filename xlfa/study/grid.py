@@ -21,13 +21,13 @@ from xlfa.arguments import (
     parse_arguments,
     read_mapping,
 )
-from xlfa.backbones import resolve_encoder
+from xlfa.backbones import naming_model, resolve_encoder
 from xlfa.errors import XLFAError
 from xlfa.evaluation import EvaluationArguments
 from xlfa.retrieval import RetrievalArguments
 from xlfa.study.results import CELLS_FOLDER, CONTROL_ROLE, MAIN_ARM
 from xlfa.tasks import TASKS, get_task
-from xlfa.training import naming_model, parse_encoder_config
+from xlfa.training import parse_encoder_config
 
 GRID_ROLE = "grid"
 KEYS = (

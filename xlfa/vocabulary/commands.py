@@ -3,10 +3,8 @@
 import argparse
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from xlfa.errors import XLFAError
+from xlfa.backbones import naming_model
 from xlfa.vocabulary.augmentation import INITIALISATIONS, choose_pieces, piece_model, write_augmented
 from xlfa.vocabulary.folders import NEW_PIECES_FILE, Source, check_new_folder, new_folder
 from xlfa.vocabulary.texts import check_text_files, read_sentences
@@ -29,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     check_text_files(arguments.texts)
     check_new_folder(arguments.output_dir)
-    with _naming(arguments.model):
+    with naming_model(arguments.model):
         source = Source.open(arguments.model)
     if arguments.command == TRIM:
         _trim(source, arguments)
@@ -72,17 +70,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: at least 1")
     return number
-
-
-@contextmanager
-def _naming(model: str) -> Iterator[None]:
-    """Turn what transformers raises for an encoder that is not there into an `XLFAError` that names `--model`."""
-    try:
-        yield
-    except XLFAError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise XLFAError(f"--model {model}: no such encoder on the Hub or as a folder ({error})") from None
 
 
 def _trim(source: Source, arguments: argparse.Namespace) -> None:
