@@ -53,6 +53,16 @@ def quiet_and_seeded():
 
 
 @pytest.fixture
+def one_thread(monkeypatch):
+    """Here and in processes that are started: the models are too small to share their work."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """A cache of datasets for one test alone."""
     monkeypatch.setattr("xlfa.data.HF_DATASETS_CACHE", tmp_path / "cache")

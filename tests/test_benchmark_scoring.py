@@ -16,14 +16,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import scoring  # noqa: E402
 import scoring_peers  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are too small to share their work, and another process may have the second core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

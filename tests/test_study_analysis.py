@@ -8,7 +8,8 @@ import pytest
 from study_data import CONTROLS, EPSILONS, HEADLINE, LANGUAGES, cell_predictions, study_of, write_study
 
 from xlfa.errors import XLFAError
-from xlfa.study.analysis import Analysis, analyse, choose_axis, held_out_cost
+from xlfa.study.analysis import Analysis, analyse, held_out_cost
+from xlfa.study.conditions import choose_axis
 from xlfa.study.resampling import estimate, score_cells
 from xlfa.study.results import read_study
 from xlfa.study.sums import read_sums
@@ -179,6 +180,24 @@ def test_the_choice_by_english_and_its_cost():
     assert 2 <= found["interval"][0] < 3 < found["interval"][1] <= 4
 
 
+def test_a_level_with_fewer_seeds_is_no_choice():
+    values = {("xnli", epsilon, seed): 60.0 + epsilon for epsilon in (0.1, 1.0) for seed in range(3)}
+    study, scores = study_of(values | {("xnli", 10.0, 0): 99.0})
+    (found,) = Analysis(study, scores).selections()
+    assert (found["seeds"], found["levels"], found["left_out"]) == ([0, 1, 2], ["0.1", "1"], ["10"])
+    assert found["best_by_targets"] == "1"
+
+
+def test_tasks_have_as_many_draws_and_a_language_in_common(written, monkeypatch):
+    study = read_study(written)
+    monkeypatch.setattr("xlfa.study.resampling.number_of_draws", lambda clusters: 50 + 10 * isinstance(clusters, dict))
+    report = analyse(study)
+    assert set(report["bootstrap"]["draws"].values()) == {50}
+    study.headline.clear()
+    with pytest.raises(XLFAError, match="xnli and xquad have no language in common"):
+        analyse(study)
+
+
 def test_held_out_cost_may_be_negative():
     # The best of the other seed is the worse one of each seed.
     targets = np.array([[1.0, 0.0], [0.0, 1.0]])
@@ -203,7 +222,12 @@ def test_the_axis(fields, name, kind, levels, rest):
 
 def test_two_fields_without_an_order_are_one_axis():
     axis = choose_axis({"fusion_gate": ["literal", "sigmoid"], "fusion_norm": ["batch", "none"]})
-    assert (axis.name, len(axis.levels), axis.positions) == ("fusion_gate · fusion_norm", 4, None)
+    assert (axis.name, axis.levels[2], axis.values) == (
+        "fusion_gate · fusion_norm",
+        "fusion_gate sigmoid · fusion_norm batch",
+        None,
+    )
+    assert axis.places.tolist() == [0, 1, 2, 3]
     assert axis.level({"fusion_gate": "sigmoid", "fusion_norm": "batch"}, ["fusion_gate", "fusion_norm"]) == 2
     assert choose_axis({}) is None
 
@@ -271,6 +295,9 @@ def test_a_whole_report_of_arms_and_controls(tmp_path):
     tested = {(entry["line"], entry["unit"]) for entry in report["interactions"] if entry["test"] is not None}
     assert {line for line, _ in tested} == {"main · ot_weight 0.1", "dlfa · ot_weight 0.1"}
     own = report["conditions"][0]
+    ratios = [cell.gradient_ratio["ratio"] for cell in read_study(tmp_path).cells if cell.id in own["cells"]]
+    # The second ratio is of step 100, before the last quarter of 250.
+    assert own["gradient_ratio"] == {"first": pytest.approx(np.mean([first for first, _ in ratios])), "late": None}
     assert own["transport"]["plan_perplexity"] == pytest.approx(20 * 0.01 / 0.11 + 1)
     assert own["retrieval"]["before"]["mean"] == 92.5
     assert own["curves"]["step"][-1] == 250

@@ -174,7 +174,10 @@ def test_words_where_epsilon_acts_on_one_task(reported):
     ):
         assert fact in setting
     points = next(entry for entry in report["interactions"] if entry["unit"] == "points")
-    assert f"{points['test']['slope']:+.2f} points per factor of 10 in ot_epsilon" in shown[0]
+    assert points["primary"] and shown[0].startswith(
+        "that ot_epsilon acts differently on XQuAD than on XNLI (the primary"
+    )
+    assert f"{points['test']['slope']:+.3g} points per factor of 10 in ot_epsilon" in shown[0]
     # Epsilon 0.01 has 1 % of pairs that did not converge.
     assert "XNLI ot_epsilon 0.01 1.0 %" in page.text
 
@@ -184,12 +187,46 @@ def test_words_where_nothing_acts(tmp_path):
     write_report(tmp_path, tmp_path / "report")
     _, report = read(tmp_path / "report")
     assert statements(report, "Shown") == []
-    assert len(statements(report, "Not shown")) == 7
+    # The interaction; for each task the trend, the levels, English and German against the others, the controls.
+    assert len(statements(report, "Not shown")) == 9
     primary = statements(report, "Not shown")[0]
     assert primary.startswith("that ot_epsilon acts differently on XQuAD than on XNLI")
     entry = report["interactions"][0]
     assert entry["interval"][0] < 0 < entry["interval"][1]
-    assert f"below {entry['detectable']:.2f}" in primary
+    assert f"below {entry['detectable']:.3g}" in primary
+
+
+def test_words_where_epsilon_helps_english_and_german_alone(tmp_path):
+    write_study(tmp_path, effect=lambda task, point, control, code: 0.1 * bool(point and code in ("en", "de")), seed=4)
+    write_report(tmp_path, tmp_path / "report")
+    _, report = read(tmp_path / "report")
+    (text,) = (text for text in statements(report, "Shown") if text.startswith("XNLI accuracy, better for English"))
+    for row in table(tmp_path / "report", "differences"):
+        if row["task"] == "xnli" and row["condition"] in ("0.01", "0.1", "1"):
+            contrast = float(row["enf − noenf"])
+            assert contrast == pytest.approx(float(row["enf"]) - float(row["noenf"]))
+            assert contrast == pytest.approx(10, abs=4)
+            interval = f"{float(row['its low']):+.2f} to {float(row['its high']):+.2f}"
+            assert f"ot_epsilon {row['condition']} {contrast:+.2f} (95 % interval {interval}" in text
+
+
+def test_the_grid_may_have_a_second_field(tmp_path):
+    """The line that the controls were trained like comes first and has the primary test and the controls."""
+    weights = ("0.05", "0.1", "0.3")
+    points = [{"ot_epsilon": epsilon, "ot_weight": float(weight)} for weight in weights for epsilon in (0.01, 1.0)]
+    write_study(tmp_path, points=points, seeds=(0, 1), clusters=4)
+    write_report(tmp_path, tmp_path / "report")
+    page, report = read(tmp_path / "report")
+    lines = [f"main · ot_weight {weight}" for weight in ("0.1", "0.05", "0.3")]
+    assert report["lines"] == lines
+    assert [entry["line"] for entry in report["interactions"] if entry["primary"]] == lines[:1]
+    assert page.text.count("(the primary test)") == 1
+    assert "acts differently on XQuAD than on XNLI (main · ot_weight 0.1) (the primary test)" in page.text
+    references = {entry["line"]: entry["reference"] for entry in report["trends"]}
+    assert references == dict(zip(lines, ("shuffled_pairs", "no_ot", "no_ot")))
+    for own in report["conditions"]:
+        if own["kind"] == "control":
+            assert own["lines"] == (lines if own["condition"] == "no_ot" else lines[:1])
 
 
 def test_words_where_epsilon_acts_on_both_tasks_alike(tmp_path):
@@ -284,13 +321,18 @@ def test_controls_alone_are_a_study_without_an_axis(tmp_path):
 
 def test_files_of_an_earlier_report_go(tmp_path):
     write_study(tmp_path, tasks=("xquad",), seeds=(0,), controls={}, clusters=4)
-    for stale in ("figures/languages.png", "tables/differences.csv"):
-        (tmp_path / "report" / stale).parent.mkdir(parents=True)
-        (tmp_path / "report" / stale).write_text("old")
-    write_report(tmp_path, tmp_path / "report")
-    assert not (tmp_path / "report" / "figures" / "languages.png").exists()
-    assert not (tmp_path / "report" / "tables" / "differences.csv").exists()
-    assert not [path for path in (tmp_path / "report").rglob(".*")]
+    report = tmp_path / "report"
+    outdated, others = ("figures/languages.png", "tables/differences.csv"), ("figures/mine.png", "tables/mine.csv")
+    for name in (*outdated, *others, "../elsewhere.png"):
+        (report / name).parent.mkdir(parents=True, exist_ok=True)
+        (report / name).write_text("old")
+    (report / "report.json").write_text(json.dumps({"files": [*outdated, "../elsewhere.png", "figures/scores.png"]}))
+    write_report(tmp_path, report)
+    assert not [name for name in outdated if (report / name).exists()]
+    assert all((report / name).read_text() == "old" for name in (*others, "../elsewhere.png"))
+    assert not [path for path in report.rglob(".*")]
+    files = {path.relative_to(report).as_posix() for path in report.glob("*/*")}
+    assert set(read(report)[1]["files"]) == files - set(others)
 
 
 def test_markup_in_names_is_text(tmp_path):

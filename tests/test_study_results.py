@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from study_data import CONTROLS, EPSILONS, HEADLINE, LANGUAGES, write_study
 
 from xlfa.errors import XLFAError
+from xlfa.study.grid import PlannedCell
 from xlfa.study.results import as_number, describe_point, in_order, read_study
 
 
@@ -23,6 +25,12 @@ def folder(written, tmp_path):
 def change(folder, cell, **changes):
     path = folder / "cells" / cell / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def planned_cells(ids):
+    """A plan's cells, as far as reading results needs them: each another control."""
+    settings = {"train": {}, "score": {}, "retrieval": None}
+    return [PlannedCell(id, *id.split("-")[:2], 0, None, id, (f"control:{id}",), settings) for id in ids]
 
 
 def test_a_study_has_all_its_cells(written):
@@ -53,12 +61,29 @@ def test_missing_and_failed_cells_are_named(folder):
 
 def test_with_a_plan_exactly_its_cells_count(folder):
     cells = folder / "cells"
-    planned = [path.name for path in cells.iterdir() if "-product-" not in path.name] + ["xnli-main-new-s0"]
+    planned = planned_cells([path.name for path in cells.iterdir() if "-product-" not in path.name])
+    planned += planned_cells(["xnli-main-new-s0"])
     (cells / "xquad-main-exact-s0" / "result.json").unlink()
     study = read_study(folder, planned)
     assert not any("product" in cell.id for cell in study.cells)
     assert study.missing() == ["xnli-main-new-s0"]
     assert list(study.unfinished) == ["xquad-main-exact-s0"]
+
+
+def test_what_a_cell_stands_for_is_what_the_plan_says_now(folder):
+    """A second field was added to the grid, a control that is a grid point too, and an order of arms."""
+    names = ["xnli-main-ot_epsilon_0.1-s0", "xnli-main-no_ot-s0"]
+    change(folder, names[1], arm="first")
+    planned = planned_cells(names)
+    point = {"ot_epsilon": 0.1, "ot_weight": 0.3}
+    planned[0] = replace(planned[0], point=point, control=None, roles=("grid", "control:usual"))
+    planned[1] = replace(planned[1], arm="first", control="without", roles=("control:without",))
+    study = read_study(folder, planned)
+    assert study.fields == {"ot_epsilon": [0.1], "ot_weight": [0.3]}
+    found = {cell.id: study.conditions(cell) for cell in study.cells}
+    assert found == {names[0]: ["ot_epsilon 0.1 · ot_weight 0.3", "usual"], names[1]: ["without"]}
+    assert study.arms == ["main", "first"]
+    assert read_study(folder, planned[::-1]).arms == ["first", "main"]
 
 
 def test_a_cell_may_be_a_grid_point_and_a_control(folder):
@@ -84,7 +109,7 @@ def test_a_study_without_a_finished_cell(tmp_path):
 
 
 def test_a_plan_without_a_finished_cell(written):
-    fails(written, "no finished cell", planned=["another"])
+    fails(written, "no finished cell", planned=planned_cells(["xnli-another-s0"]))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"schema_version": 1}'])

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
@@ -29,6 +28,8 @@ from xlfa.study.leases import owner_of, take
 from xlfa.study.results import RESULT_FILE, read_study
 from xlfa.study.running import cell_log, claim_folder, failed_cells, finished_cells, work, worker_environment
 from xlfa.study.status import FAILED_FILE, describe_status, format_seconds, format_status, survey
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LONG = 1000.0
 
@@ -197,6 +198,14 @@ def test_seconds_are_written_as_people_do():
     ]
 
 
+def test_a_worker_that_breaks_down_is_an_error(plan, monkeypatch):
+    start = subprocess.Popen
+    code = "raise OSError('no space')"
+    monkeypatch.setattr("subprocess.Popen", lambda command, **options: start([sys.executable, "-c", code], **options))
+    with pytest.raises(XLFAError, match="a worker ended with status 1: OSError: no space"):
+        running.start_workers(plan, 1, [])
+
+
 def test_workers_share_the_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "9")
     assert {worker_environment(index, 4)["OMP_NUM_THREADS"] for index in range(4)} == {"2"}
@@ -298,16 +307,6 @@ def own_trunk_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XLFA_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Of models this small threads would wait for each other most of the time."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_a_study_trains_scores_and_describes_each_cell(study, capsys):
     controls = {"no_ot": {"ot_weight": 0, "ot_gradient_steps": None}, "shuffled_pairs": {"parallel_shuffled": True}}
     path, folder = study(tasks={"xnli": {}, "xquad": {}}, controls=controls)
@@ -389,7 +388,7 @@ def test_a_cell_whose_worker_was_killed_ends_as_an_unbroken_one(study):
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
-def test_failed_cells_end_with_status_1_and_are_run_again_on_request(study, tmp_path, capsys):
+def test_failed_cells_end_with_a_status_of_their_own_and_are_run_again_on_request(study, tmp_path, capsys):
     path, folder = study(retrieval=None)
     parallel = Path(yaml.safe_load(path.read_text())["data_root"]) / "local" / "parallel"
     shutil.move(parallel, tmp_path / "elsewhere")
@@ -397,7 +396,7 @@ def test_failed_cells_end_with_status_1_and_are_run_again_on_request(study, tmp_
         for _ in range(2):
             with pytest.raises(SystemExit) as done:
                 main(["run", str(path)])
-            assert done.value.code == 1
+            assert done.value.code == running.FAILED_STATUS
             printed = capsys.readouterr()
             assert "0 of 1 cells are finished" in printed.out and "--retry_failed" in printed.err
             assert "no data set 'local/parallel'" in printed.err and "Traceback" not in printed.err

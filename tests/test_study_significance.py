@@ -104,7 +104,7 @@ def test_missing_pairs_are_no_effect():
 def test_levels_without_an_order_have_no_slope():
     test = permutation_test(response(np.random.default_rng(3).normal(size=(3, 4)), positions=False))
     assert test.slope is test.slope_p is test.smallest_slope_p is None
-    assert 0 < test.omega_squared_p <= 1
+    assert 0 < test.smallest_omega_p <= test.omega_squared_p <= 1
 
 
 def test_one_seed_leaves_nothing_for_the_error():

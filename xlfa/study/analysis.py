@@ -5,15 +5,36 @@ Its result is `report.json`; figures, tables and words are made from it alone, s
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from xlfa.errors import XLFAError
 from xlfa.statistics import CONFIDENCE
-from xlfa.study.resampling import HEADLINE, TARGETS, Estimate, TaskScores, estimate, interval, score_cells
-from xlfa.study.results import SEPARATOR, Cell, Study, Value, as_number, describe_point, describe_value
+from xlfa.study.conditions import (
+    BASELINES,
+    GRID,
+    REFERENCES,
+    Condition,
+    choose_axis,
+    controls_of,
+    group_conditions,
+    order_lines,
+)
+from xlfa.study.resampling import (
+    ENF,
+    HEADLINE,
+    NOENF,
+    TARGETS,
+    Estimate,
+    TaskScores,
+    estimate,
+    interval,
+    score_cells,
+)
+from xlfa.study.results import Study
 from xlfa.study.significance import (
     ALPHA,
     Response,
@@ -25,126 +46,34 @@ from xlfa.study.significance import (
     pooled_deviation,
     seed_weights,
 )
+from xlfa.study.summaries import (
+    describe_facts,
+    describe_retrieval,
+    mean_by_key,
+    mean_curves,
+    mean_gradient_ratio,
+    mean_or_none,
+)
 
 REPORT_VERSION = 1
-# What differences are taken to, and what the primary test takes differences to, as the study's files name them.
-BASELINES = ("no_ot", "baseline")
-REFERENCES = ("shuffled_pairs", *BASELINES)
-GRID, CONTROL = "grid", "control"
-# Fields whose values differ by factors; fixed, so that an axis does not change while a study goes on.
-LOG_FIELDS = (
-    *("ot_epsilon", "ot_weight", "ot_tau", "ot_tol", "learning_rate", "parallel_pairs_per_language"),
-    *("max_train_examples", "max_steps", "num_train_epochs", "lora_r", "lora_alpha"),
-)
 POINTS, DEVIATIONS = "points", "pooled seed deviations"
-
-
-@dataclass(frozen=True)
-class Axis:
-    """The field that scores are drawn against.
-
-    Attributes:
-        name: of the field, or of all fields where none is a number.
-        kind: `log`, `linear` or `categorical`.
-        levels: labels in order.
-        values: of the levels; None where categorical.
-        rest: the grid's other fields; each combination of them is a line of its own.
-    """
-
-    name: str
-    kind: str
-    levels: list[str]
-    values: list[float] | None
-    rest: list[str]
-
-    @property
-    def positions(self) -> np.ndarray | None:
-        """Where the levels stand: log10 of the value on a log axis; None where categorical."""
-        if self.values is None:
-            return None
-        return np.log10(self.values) if self.kind == "log" else np.array(self.values, dtype=float)
-
-    @property
-    def unit(self) -> str:
-        """What a slope is per."""
-        return {"log": f"factor of 10 in {self.name}", "linear": f"unit of {self.name}"}.get(self.kind, self.name)
-
-    def level(self, point: dict[str, Value], fields: Iterable[str]) -> int:
-        """The number of a grid point's level."""
-        label = describe_point(point, fields) if self.values is None else describe_value(point.get(self.name))
-        return self.levels.index(label)
-
-
-@dataclass(frozen=True)
-class Condition:
-    """Cells that differ by their seed alone.
-
-    Attributes:
-        task, arm: of all.
-        line: the arm, with the values of the grid's fields beside the axis.
-        name: the level, or the control.
-        kind: `grid` or `control`.
-        level: its number on the axis; None of a control.
-        members: seed → position among the cells of the task.
-    """
-
-    task: str
-    arm: str
-    line: str
-    name: str
-    kind: str
-    level: int | None
-    members: dict[int, int] = field(default_factory=dict)
-
-
-def choose_axis(fields: dict[str, list[Value]]) -> Axis | None:
-    """`ot_epsilon`, else the first field of numbers, else all fields as one; None for a study without a grid."""
-    if not fields:
-        return None
-    numeric = [name for name, values in fields.items() if all(as_number(value) is not None for value in values)]
-    if not numeric:
-        labels = [describe_point(dict(zip(fields, values)), fields) for values in itertools.product(*fields.values())]
-        return Axis(SEPARATOR.join(fields), "categorical", labels, None, [])
-    name = "ot_epsilon" if "ot_epsilon" in numeric else numeric[0]
-    values = [as_number(value) for value in fields[name]]
-    kind = "log" if name in LOG_FIELDS and min(values) > 0 else "linear"
-    return Axis(
-        name, kind, [describe_value(value) for value in fields[name]], values, [own for own in fields if own != name]
-    )
-
-
-def group_conditions(study: Study, axis: Axis | None, scores: dict[str, TaskScores]) -> list[Condition]:
-    """All conditions, those of the grid first, each with its cells."""
-    found: dict[tuple, Condition] = {}
-
-    def add(cell: Cell, position: int, line: str, name: str, kind: str, level: int | None) -> None:
-        key = (study.tasks.index(cell.task), study.arms.index(cell.arm), kind != GRID, line, level or 0, name)
-        condition = found.setdefault(key, Condition(cell.task, cell.arm, line, name, kind, level))
-        condition.members[cell.seed] = position
-
-    for task in study.tasks:
-        for position, cell in enumerate(scores[task].cells):
-            if cell.point is not None and axis is not None:
-                level = axis.level(cell.point, study.fields)
-                rest = [describe_point(cell.point, axis.rest)] if axis.rest else []
-                add(cell, position, SEPARATOR.join([cell.arm, *rest]), axis.levels[level], GRID, level)
-            for control in cell.controls:
-                add(cell, position, cell.arm, control, CONTROL, None)
-    return [found[key] for key in sorted(found)]
 
 
 def analyse(study: Study) -> dict[str, Any]:
     """The content of `report.json`, but for the statements.
 
     Raises:
-        XLFAError: if sums by cluster are missing.
+        XLFAError: if sums by cluster are missing, or the tasks have no language in common.
     """
+    if not study.headline:
+        raise XLFAError(f"{' and '.join(study.tasks)} have no language in common: make a study of each")
     scores = {
         # Seeds of the draws differ, for tasks have different examples.
         task: score_cells(task, [cell for cell in study.cells if cell.task == task], study.headline, seed=number)
         for number, task in enumerate(study.tasks)
     }
-    return Analysis(study, scores).report()
+    fewest = min(own.number_of_draws for own in scores.values())
+    return Analysis(study, {task: own.with_draws(fewest) for task, own in scores.items()}).report()
 
 
 class Analysis:
@@ -155,6 +84,7 @@ class Analysis:
         scores: of its cells, by task.
         axis: of the grid.
         conditions: of all tasks and arms.
+        lines: of the grid; the primary test is that of the first.
     """
 
     def __init__(self, study: Study, scores: dict[str, TaskScores]):
@@ -162,6 +92,7 @@ class Analysis:
         self.scores = scores
         self.axis = choose_axis(study.fields)
         self.conditions = group_conditions(study, self.axis, scores)
+        self.lines = order_lines(self.conditions, study.arms)
 
     def report(self) -> dict[str, Any]:
         """The content of `report.json`, but for the statements."""
@@ -174,14 +105,14 @@ class Analysis:
             "missing": self.study.missing(),
             "facts": describe_facts(self.study),
             "headline": self.study.headline,
-            "axis": None if axis is None else {**asdict(axis), "unit": axis.unit},
+            "axis": None if axis is None else {**asdict(axis), "unit": axis.unit, "places": axis.places.tolist()},
             "bootstrap": {
                 "confidence": CONFIDENCE,
                 "draws": {task: own.number_of_draws for task, own in self.scores.items()},
             },
             "tasks": {task: self._describe_task(scores) for task, scores in self.scores.items()},
             "arms": self.study.arms,
-            "lines": list(dict.fromkeys(own.line for own in self.conditions if own.kind == GRID)),
+            "lines": self.lines,
             "conditions": self.describe_conditions(),
             "interactions": self.interactions(),
             "trends": self.trends(),
@@ -200,17 +131,14 @@ class Analysis:
         }
 
     def control(self, like: Condition, names: Sequence[str]) -> Condition | None:
-        """The first of the named controls that the condition's task and arm have."""
-        own = {each.name: each for each in self._of(like.task, like.arm, CONTROL)}
+        """The first of the named controls that the condition's line has."""
+        own = {each.name: each for each in controls_of(self.conditions, like)}
         return next((own[name] for name in names if name in own), None)
 
     def baseline(self, like: Condition) -> Condition | None:
         """What differences of a condition are taken to: `BASELINES`, else the only control."""
-        controls = self._of(like.task, like.arm, CONTROL)
+        controls = controls_of(self.conditions, like)
         return self.control(like, BASELINES) or (controls[0] if len(controls) == 1 else None)
-
-    def _of(self, task: str, arm: str, kind: str) -> list[Condition]:
-        return [own for own in self.conditions if (own.task, own.arm, own.kind) == (task, arm, kind)]
 
     def _grid_lines(self) -> dict[tuple[str, str], list[Condition]]:
         """Task and line → the conditions of the grid, by level."""
@@ -228,9 +156,8 @@ class Analysis:
             if own["difference"] is not None:
                 families.setdefault((own["task"], own["line"], own["kind"]), []).append(own["difference"])
         for family in families.values():
-            tested = [own for own in family if own["p"] is not None]
-            for own, adjusted in zip(family, holm([own["p"] for own in family])):
-                own["p_holm"], own["family"] = adjusted, len(tested)
+            _adjust(family)
+            _adjust([own["contrast"] for own in family if own["contrast"] is not None])
             self._add_detectable(family)
         return described
 
@@ -256,6 +183,7 @@ class Analysis:
             "task": condition.task,
             "arm": condition.arm,
             "line": condition.line,
+            "lines": self._lines_of(condition),
             "condition": condition.name,
             "kind": condition.kind,
             "level": condition.level,
@@ -266,12 +194,17 @@ class Analysis:
             "difference": None if baseline is None or baseline is condition else self._difference(condition, baseline),
             "validation": mean_or_none([cell.validation.get(f"eval_{primary}") for cell in cells]),
             "transport": mean_by_key([cell.transport for cell in cells]),
-            "gradient_ratio": mean_or_none(
-                [None if cell.gradient_ratio is None else mean_or_none(cell.gradient_ratio["ratio"]) for cell in cells]
-            ),
+            "gradient_ratio": mean_gradient_ratio(cells),
             "retrieval": describe_retrieval(cells),
             "curves": mean_curves(cells),
         }
+
+    def _lines_of(self, condition: Condition) -> list[str]:
+        """The lines that a condition is shown with."""
+        if condition.kind == GRID:
+            return [condition.line]
+        own = [each for each in self.conditions if each.kind == GRID and each.task == condition.task]
+        return list(dict.fromkeys(each.line for each in own if condition in controls_of(self.conditions, each)))
 
     def _difference(self, condition: Condition, baseline: Condition) -> dict[str, Any] | None:
         """To the baseline, by the seeds that both have; None without one."""
@@ -280,26 +213,49 @@ class Analysis:
         if not seeds:
             return None
         estimates = {metric: self._estimate(condition, seeds, metric, baseline=baseline) for metric in scores.metrics}
-        headline = estimates[scores.metrics[0]].by_seed[:, scores.rows.index(HEADLINE)]
+        primary = estimates[scores.metrics[0]]
+        headline = primary.by_seed[:, scores.rows.index(HEADLINE)]
         return {
             "baseline": baseline.name,
             "seeds": seeds,
             "scores": {metric: self._rows(scores, found) for metric, found in estimates.items()},
             "by_seed": dict(zip(map(str, seeds), headline.tolist())),
             "p": paired_t(headline),
+            "contrast": self._contrast(condition, baseline, seeds),
+        }
+
+    def _contrast(self, condition: Condition, baseline: Condition, seeds: list[int]) -> dict[str, Any] | None:
+        """What the difference on English and German is more than that on the others; None without both groups."""
+        scores = self.scores[condition.task]
+        if not {ENF, NOENF} <= scores.groups.keys():
+            return None
+        near, far = (scores.rows.index(group) for group in (ENF, NOENF))
+        values, draws = self._paired(condition, seeds, scores.metrics[0], baseline)
+        found = estimate((values[:, near] - values[:, far])[:, None], (draws[:, near] - draws[:, far])[:, None])
+        return {
+            "value": float(found.values[0]),
+            "interval": found.intervals[0].tolist(),
+            "seeds": seeds,
+            "p": paired_t(found.by_seed[:, 0]),
         }
 
     def _estimate(
         self, condition: Condition, seeds: list[int], metric: str, baseline: Condition | None = None
     ) -> Estimate:
         """Means over the seeds of a score, or of its difference to a baseline."""
+        return estimate(*self._paired(condition, seeds, metric, baseline))
+
+    def _paired(
+        self, condition: Condition, seeds: list[int], metric: str, baseline: Condition | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of each seed, or their differences to a baseline, seeds x R, and the same under the drawn clusters."""
         scores = self.scores[condition.task]
         own = [condition.members[seed] for seed in seeds]
         values, draws = scores.values[metric][own], scores.draws[metric][own]
         if baseline is not None:
             other = [baseline.members[seed] for seed in seeds]
             values, draws = values - scores.values[metric][other], draws - scores.draws[metric][other]
-        return estimate(values, draws)
+        return values, draws
 
     @staticmethod
     def _rows(scores: TaskScores, found: Estimate) -> dict[str, dict[str, Any]]:
@@ -312,8 +268,14 @@ class Analysis:
             )
         }
 
-    def _responses(self, line: list[Condition]) -> tuple[dict[tuple[int, int], tuple[float, np.ndarray]], str | None]:
-        """(seed, level) → the headline's difference to the reference, and its draws; and the reference's name.
+    def _reference(self, *lines: list[Condition]) -> str | None:
+        """Name of the first of `REFERENCES` that all the lines have; None without one."""
+        return next((name for name in REFERENCES if all(self.control(line[0], [name]) for line in lines)), None)
+
+    def _responses(
+        self, line: list[Condition], reference_name: str | None
+    ) -> dict[tuple[int, int], tuple[float, np.ndarray]]:
+        """(seed, level) → the headline's difference to the reference, and its draws.
 
         Within a seed the reference is one number: it cancels in slopes and in comparisons between levels, not in the
         deviation over seeds.
@@ -321,7 +283,7 @@ class Analysis:
         scores = self.scores[line[0].task]
         metric, row = scores.metrics[0], scores.rows.index(HEADLINE)
         values, draws = scores.values[metric][:, row], scores.draws[metric][:, row]
-        reference = self.control(line[0], REFERENCES)
+        reference = None if reference_name is None else self.control(line[0], [reference_name])
         found = {}
         for condition in line:
             for seed, position in condition.members.items():
@@ -330,14 +292,14 @@ class Analysis:
                 elif seed in reference.members:
                     other = reference.members[seed]
                     found[seed, condition.level] = values[position] - values[other], draws[position] - draws[other]
-        return found, None if reference is None else reference.name
+        return found
 
     def trends(self) -> list[dict[str, Any]]:
         """Whether a task's score depends on the axis, for each line."""
         trends = []
         for (task, line), conditions in self._grid_lines().items():
-            responses, reference = self._responses(conditions)
-            tested = self._test(responses)
+            reference = self._reference(conditions)
+            tested = self._test(self._responses(conditions, reference))
             trends.append({"task": task, "line": line, "unit": POINTS, "reference": reference, **tested})
         return trends
 
@@ -349,14 +311,16 @@ class Analysis:
         lines = self._grid_lines()
         interactions = []
         for first, second in itertools.combinations(self.study.tasks, 2):
-            for line in dict.fromkeys(line for _, line in lines):
+            for line in self.lines:
                 if (first, line) not in lines or (second, line) not in lines:
                     continue
-                (a, reference), (b, _) = (self._responses(lines[task, line]) for task in (first, second))
+                reference = self._reference(lines[first, line], lines[second, line])
+                a, b = (self._responses(lines[task, line], reference) for task in (first, second))
                 scales = [deviation_over_seeds(responses) for responses in (a, b)]
                 common = sorted(a.keys() & b.keys())
                 for unit, (scale_a, scale_b) in ((POINTS, (1.0, 1.0)), (DEVIATIONS, scales)):
                     entry = {"tasks": [first, second], "line": line, "unit": unit, "reference": reference}
+                    entry["primary"] = line == self.lines[0] and unit == POINTS
                     if not scale_a or not scale_b:
                         interactions.append({**entry, **self._test({})})
                         continue
@@ -378,7 +342,7 @@ class Analysis:
         described: dict[str, Any] = {"seeds": seeds, "levels": [self.axis.levels[level] for level in levels]}
         if not keys:
             return {**described, "observations": 0, "test": None, "interval": None, "detectable": None}
-        positions = self.axis.positions
+        positions = None if self.axis.values is None else self.axis.places
         response = Response(
             values=np.array([responses[key][0] for key in keys]),
             seeds=np.array([seeds.index(seed) for seed, _ in keys]),
@@ -393,11 +357,15 @@ class Analysis:
         return {**described, "interval": bounds, "detectable": detectable_slope(response)}
 
     def selections(self) -> list[dict[str, Any]]:
-        """What choosing the level on English validation costs in the target languages, for each task and line."""
+        """What choosing the level on English validation costs in the target languages, for each task and line.
+
+        Of the levels that have all the seeds of the one with most; others would be compared by luck of their seeds.
+        """
         found = []
-        for (task, line), conditions in self._grid_lines().items():
+        for (task, line), every in self._grid_lines().items():
             scores = self.scores[task]
-            seeds = sorted(set.intersection(*(set(own.members) for own in conditions)))
+            seeds = sorted(max((own.members for own in every), key=len))
+            conditions = [own for own in every if own.members.keys() >= set(seeds)]
             if len(conditions) < 2 or not seeds or TARGETS not in scores.groups:
                 continue
             metric, row = scores.metrics[0], scores.rows.index(TARGETS)
@@ -419,6 +387,7 @@ class Analysis:
                     "line": line,
                     "seeds": seeds,
                     "levels": [own.name for own in conditions],
+                    "left_out": [own.name for own in every if own not in conditions],
                     "validation": english.mean(1).tolist(),
                     "targets": targets.mean(1).tolist(),
                     "chosen_by_english": conditions[chosen].name,
@@ -429,6 +398,13 @@ class Analysis:
                 }
             )
         return found
+
+
+def _adjust(family: list[dict[str, Any]]) -> None:
+    """Add p values adjusted by Holm, and how many were tested, to the tests of a family."""
+    adjusted = holm([own["p"] for own in family])
+    for own, p in zip(family, adjusted):
+        own["p_holm"], own["family"] = p, sum(each is not None for each in adjusted)
 
 
 def slope_draws(response: Response, draws: np.ndarray) -> np.ndarray:
@@ -472,74 +448,3 @@ def held_out_cost(english: np.ndarray, targets: np.ndarray) -> float | None:
         best, chosen = (own[:, others].mean(1).argmax() for own in (targets, english))
         costs.append(targets[best, seed] - targets[chosen, seed])
     return float(np.mean(costs))
-
-
-def mean_or_none(values: Iterable[float | None]) -> float | None:
-    """Of the values that are there and finite."""
-    there = [value for value in values if value is not None and math.isfinite(value)]
-    return sum(there) / len(there) if there else None
-
-
-def mean_by_key(tables: Sequence[dict[str, float] | None]) -> dict[str, float | None] | None:
-    """Means by key over the dictionaries that are there; None without any."""
-    there = [table for table in tables if table is not None]
-    names = dict.fromkeys(name for table in there for name in table)
-    return {name: mean_or_none([table.get(name) for table in there]) for name in names} if there else None
-
-
-def describe_retrieval(cells: list[Cell]) -> dict[str, Any] | None:
-    """P@1 `before` and `after` training: by language and over the languages, means over seeds."""
-    there = [cell.retrieval for cell in cells if cell.retrieval is not None]
-    if not there:
-        return None
-    found = {when: mean_by_key([own[when] for own in there]) for when in there[0]}
-    return {when: {"mean": mean_or_none(values.values()), "languages": values} for when, values in found.items()}
-
-
-def mean_curves(cells: list[Cell]) -> dict[str, list[float | None]]:
-    """Losses at the steps that all seeds logged, means over seeds."""
-    names = ("task_loss", "ot_loss")
-    by_step = [
-        {step: [cell.curves[name][number] for name in names] for number, step in enumerate(cell.curves["step"])}
-        for cell in cells
-    ]
-    steps = sorted(set.intersection(*map(set, by_step)))
-    curves = {
-        name: [mean_or_none(own[step][column] for own in by_step) for step in steps]
-        for column, name in enumerate(names)
-    }
-    return {"step": steps, **curves}
-
-
-def describe_facts(study: Study) -> dict[str, Any]:
-    """What the cells have in common, or how they differ: encoder, data, machines, versions."""
-
-    def distinct(values: Iterable[Any]) -> list[Any]:
-        return list(dict.fromkeys(value for value in values if value is not None))
-
-    def setting(cells: list[Cell], part: str, name: str) -> list[Any]:
-        return distinct(cell.settings.get(part, {}).get(name) for cell in cells)
-
-    by_task = {task: [cell for cell in study.cells if cell.task == task] for task in study.tasks}
-    return {
-        "encoders": setting(study.cells, "train", "model"),
-        "tasks": {
-            task: {
-                "train_dataset": setting(cells, "train", "train_dataset"),
-                "max_train_examples": setting(cells, "train", "max_train_examples"),
-                "max_examples": setting(cells, "score", "max_examples"),
-                "ot_weight": setting([cell for cell in cells if cell.point is not None], "train", "ot_weight"),
-            }
-            for task, cells in by_task.items()
-        },
-        "seeds": sorted({cell.seed for cell in study.cells}),
-        "machines": distinct(cell.machine for cell in study.cells),
-        "threads": distinct(cell.threads for cell in study.cells),
-        "commits": distinct(cell.commit for cell in study.cells),
-        "versions": {
-            name: distinct(cell.versions.get(name) for cell in study.cells)
-            for name in dict.fromkeys(name for cell in study.cells for name in cell.versions)
-        },
-        "hours": sum(sum(cell.seconds.values()) for cell in study.cells) / 3600,
-        "finished": [min(cell.finished for cell in study.cells), max(cell.finished for cell in study.cells)],
-    }

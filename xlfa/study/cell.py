@@ -30,7 +30,7 @@ from xlfa.run_file import RUN_FILE, has_finished_run
 from xlfa.scores import SCORES_FILE
 from xlfa.study.encoders import Encoders
 from xlfa.study.grid import Plan, PlannedCell
-from xlfa.study.results import SCHEMA_VERSION
+from xlfa.study.results import LAST_PART, SCHEMA_VERSION
 from xlfa.study.sums import without_examples, write_sums
 from xlfa.training import train
 
@@ -44,8 +44,6 @@ TRANSPORT_NAMES = {
     "epsilon": "ot_epsilon",
 }
 CURVES = {"task_loss": "task_loss", "ot_loss": "ot_loss", "plan_entropy": "ot_plan_entropy"}
-# The part of training that the transport term's means are over.
-LAST_PART = 0.25
 
 
 def run_cell(plan: Plan, cell: PlannedCell, encoders: Encoders) -> dict[str, Any]:

@@ -72,7 +72,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from xlfa.study.running import claim_folder, clear_failures, ending_on_signal, failed_cells, finished_cells
+    from xlfa.study.running import (
+        FAILED_STATUS,
+        claim_folder,
+        clear_failures,
+        ending_on_signal,
+        failed_cells,
+        finished_cells,
+    )
 
     transformers.utils.logging.set_verbosity_warning()
     _check_run(arguments)
@@ -96,9 +103,9 @@ def _run(arguments: argparse.Namespace) -> None:
         print(f"failed: {cell.id}: {error} ({plan.folder(cell) / FAILED_FILE})", file=sys.stderr)
     if failed:
         print(f"{len(failed)} of {len(cells)} cells failed: mend it, then add --retry_failed", file=sys.stderr)
-        raise SystemExit(1)
+        raise SystemExit(FAILED_STATUS)
     if len(finished) < len(cells):
-        print("others are being run by other workers: `xlfa study status` tells by which")
+        print("others are not finished, or run by other workers: `xlfa study status` tells which")
 
 
 def _check_run(arguments: argparse.Namespace) -> None:
@@ -150,7 +157,7 @@ def _report(arguments: argparse.Namespace) -> None:
     folder, planned = arguments.study, None
     if not folder.is_dir():
         plan = load_plan(folder, output_dir=arguments.output_dir)
-        folder, planned = plan.output_dir, [cell.id for cell in plan.cells]
+        folder, planned = plan.output_dir, plan.cells
     elif arguments.output_dir is not None:
         raise XLFAError(f"--output_dir {arguments.output_dir} goes with a study's file; {folder} is a folder")
     output = arguments.output or folder / REPORT_FOLDER

@@ -1,14 +1,17 @@
 """What a study shows and what it does not, in words that follow from the content of `report.json`.
 
 A difference or a dependence is called shown where its test rejects (p below 0.05, adjusted for a family of differences)
-and its interval leaves 0 out. Everything else is not shown, which is not the same as shown to be nothing: the smallest
-effect that the design would have found stands beside it.
+and its interval leaves 0 out; one on a field without an order has no slope, and is shown where omega squared's test
+rejects. Everything else is not shown, which is not the same as shown to be nothing: the smallest effect that the design
+would have found stands beside it, where there is one.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
-from xlfa.study.analysis import CONTROL, DEVIATIONS, GRID, POINTS
+from xlfa.study.analysis import DEVIATIONS, POINTS
+from xlfa.study.conditions import CONTROL, GRID
 from xlfa.study.figures import METRIC_NAMES, condition_name, control_name, of_line, task_name
 from xlfa.study.resampling import HEADLINE
 from xlfa.study.significance import ALPHA
@@ -27,6 +30,7 @@ def conclude(report: dict[str, Any]) -> list[dict[str, str]]:
             if of_line(report, task, line):
                 statements.append(_trend(report, task, line, where))
                 statements += _differences(report, of_line(report, task, line), where)
+                statements += _contrasts(report, of_line(report, task, line), where)
     for arm, task in itertools.product(report["arms"], report["tasks"]):
         of_arm = [own for own in report["conditions"] if (own["task"], own["arm"]) == (task, arm)]
         controls = [own for own in of_arm if own["kind"] == CONTROL]
@@ -53,14 +57,19 @@ def format_p(p: float | None) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def format_interval(bounds: list[float] | None) -> str:
-    """`95 % interval −0.30 to +1.20`."""
-    return "no interval" if bounds is None else f"95 % interval {signed(bounds[0])} to {signed(bounds[1])}"
-
-
 def signed(value: float) -> str:
     """`+1.20`, with a minus sign and not a hyphen."""
     return f"{round(value, 2) + 0.0:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def format_interval(bounds: list[float] | None, show: Callable[[float], str] = signed) -> str:
+    """`95 % interval −0.30 to +1.20`."""
+    return "no interval" if bounds is None else f"95 % interval {show(bounds[0])} to {show(bounds[1])}"
+
+
+def slope_text(value: float) -> str:
+    """`+1.2`, to three digits: a slope's size depends on the field's unit."""
+    return f"{value + 0.0:+.3g}".replace("-", "\N{MINUS SIGN}")
 
 
 def join(words: list[str]) -> str:
@@ -109,7 +118,7 @@ def _interactions(report: dict[str, Any], line: str, where: str) -> list[dict[st
         )
         first, second = map(task_name, points["tasks"])
         question = f"that {report['axis']['name']} acts differently on {second} than on {first}{where}"
-        if line == report["lines"][0]:
+        if points["primary"]:
             question += " (the primary test)"
         statements.append(
             _dependence(report, points, standardised, question, f"the slope of {second} minus that of {first}")
@@ -141,14 +150,14 @@ def _dependence(
         )
     if test["slope"] is None:
         verdict = SHOWN if test["omega_squared_p"] < ALPHA else NOT_SHOWN
-        found = f"{question}: {omega}, {size}."
+        found = f"{question}: {omega}, {size}.{_too_few(test['smallest_omega_p'])}"
         if standardised is not None and standardised["test"] is not None:
             found += f" In units of the seeds' deviation: {format_p(standardised['test']['omega_squared_p'])}."
         return _statement(verdict, found)
     shown = is_shown(test["slope_p"], entry["interval"])
     found = (
-        f"{question}: {slope} is {signed(test['slope'])} points per {report['axis']['unit']} "
-        f"({format_interval(entry['interval'])}, permutation {format_p(test['slope_p'])}, {size})"
+        f"{question}: {slope} is {slope_text(test['slope'])} points per {report['axis']['unit']} "
+        f"({format_interval(entry['interval'], slope_text)}, permutation {format_p(test['slope_p'])}, {size})"
         + (f"; as a factor, {omega}." if omega else ".")
     )
     if (test["slope_p"] < ALPHA) != (entry["interval"][0] > 0 or entry["interval"][1] < 0):
@@ -156,15 +165,23 @@ def _dependence(
     if standardised is not None and standardised["test"] is not None:
         other = standardised["test"]
         agrees = is_shown(other["slope_p"], standardised["interval"]) == shown
-        found += f" In units of the seeds' deviation it is {signed(other['slope'])} ({format_p(other['slope_p'])})" + (
-            "." if agrees else ": the verdict depends on the unit."
+        found += (
+            f" In units of the seeds' deviation it is {slope_text(other['slope'])} ({format_p(other['slope_p'])})"
+            + ("." if agrees else ": the verdict depends on the unit.")
         )
-    if not shown and test["smallest_slope_p"] >= ALPHA:
-        smallest = test["smallest_slope_p"]
-        found += f" With so few seeds nothing could have been shown: the smallest possible p is {smallest:.3f}."
-    elif not shown and entry["detectable"] is not None:
-        found += f" A true slope below {entry['detectable']:.2f} would be missed in more than 1 of 5 such studies."
+    if not shown:
+        too_few = _too_few(test["smallest_slope_p"])
+        found += too_few
+        if not too_few and entry["detectable"] is not None:
+            found += f" A true slope below {entry['detectable']:.3g} would be missed in more than 1 of 5 such studies."
     return _statement(SHOWN if shown else NOT_SHOWN, found)
+
+
+def _too_few(smallest_p: float) -> str:
+    """That no arrangement of the values has a p below 0.05, where it is so."""
+    if smallest_p < ALPHA:
+        return ""
+    return f" With so few seeds nothing could have been shown: the smallest possible p is {smallest_p:.3f}."
 
 
 def _differences(report: dict[str, Any], conditions: list[dict[str, Any]], where: str) -> list[dict[str, str]]:
@@ -172,34 +189,78 @@ def _differences(report: dict[str, Any], conditions: list[dict[str, Any]], where
     family = [own for own in conditions if own["difference"]]
     if not family:
         return []
-    by_verdict: dict[str, list[str]] = {}
     metric = report["tasks"][family[0]["task"]]["metrics"][0]
+    effects = []
     for own in family:
-        difference = own["difference"]
-        headline = difference["scores"][metric][HEADLINE]
-        p, bounds, value = difference["p_holm"], headline["interval"], headline["value"]
-        verdict = NOT_TESTED if p is None else SHOWN if is_shown(p, bounds) else NOT_SHOWN
-        direction = {SHOWN: BETTER if value > 0 else WORSE}.get(verdict, verdict)
-        by_verdict.setdefault(direction, []).append(
-            f"{condition_name(report, own)} {signed(value)} ({format_interval(bounds)}, {format_p(p)}, "
-            f"n = {len(difference['seeds'])})"
-        )
+        found = own["difference"]
+        effects.append((own, found["scores"][metric][HEADLINE] | {name: found[name] for name in ("p_holm", "seeds")}))
     baseline = control_name(family[0]["difference"]["baseline"])
-    name = f"{task_name(family[0]['task'])} {METRIC_NAMES.get(metric, metric)}{where}"
-    what = "level" if family[0]["kind"] == GRID else "control"
-    adjusted = f"p adjusted (Holm) for {count(family[0]['difference']['family'], what)}."
     detectable = [own["difference"]["detectable"] for own in family if own["difference"]["detectable"]]
     least = ""
     if detectable:
         least = (
             f" The smallest true difference that 4 in 5 such studies find, unadjusted: {max(detectable):.2f} points."
         )
+    words = {
+        BETTER: f"better than {baseline}",
+        WORSE: f"worse than {baseline}",
+        NOT_SHOWN: f"a difference to {baseline}",
+    }
+    return _secondary(report, effects, where, words, family[0]["difference"]["family"], least)
+
+
+def _contrasts(report: dict[str, Any], conditions: list[dict[str, Any]], where: str) -> list[dict[str, str]]:
+    """Whether levels do more for English and German than for the other languages."""
+    effects = [
+        (own, own["difference"]["contrast"])
+        for own in conditions
+        if own["difference"] and own["difference"]["contrast"]
+    ]
+    if not effects:
+        return []
+    words = {
+        BETTER: "better for English and German than for the others",
+        WORSE: "worse for English and German than for the others",
+        NOT_SHOWN: "another difference to the baseline on English and German than on the others",
+    }
+    return _secondary(report, effects, where, words, effects[0][1]["family"], "")
+
+
+def _secondary(
+    report: dict[str, Any],
+    effects: list[tuple[dict[str, Any], dict[str, Any]]],
+    where: str,
+    words: dict[str, str],
+    family: int,
+    least: str,
+) -> list[dict[str, str]]:
+    """A statement for each verdict that the effects of a family have.
+
+    Args:
+        effects: a condition, and its effect's `value`, `interval`, `p_holm`, `seeds`.
+        words: what is shown, or not, by verdict.
+        family: number of effects that were tested.
+        least: what could have been found, where nothing is shown.
+    """
+    task = effects[0][0]["task"]
+    metric = report["tasks"][task]["metrics"][0]
+    by_verdict: dict[str, list[str]] = {}
+    for own, effect in effects:
+        p, bounds, value = effect["p_holm"], effect["interval"], effect["value"]
+        verdict = NOT_TESTED if p is None else SHOWN if is_shown(p, bounds) else NOT_SHOWN
+        direction = {SHOWN: BETTER if value > 0 else WORSE}.get(verdict, verdict)
+        by_verdict.setdefault(direction, []).append(
+            f"{condition_name(report, own)} {signed(value)} ({format_interval(bounds)}, {format_p(p)}, "
+            f"n = {len(effect['seeds'])})"
+        )
+    name = f"{task_name(task)} {METRIC_NAMES.get(metric, metric)}{where}"
+    adjusted = f"p adjusted (Holm) for {count(family, 'level' if effects[0][0]['kind'] == GRID else 'control')}."
     statements = []
     for direction, verdict, text, after in (
-        (BETTER, SHOWN, f"better than {baseline}", adjusted),
-        (WORSE, SHOWN, f"worse than {baseline}", adjusted),
-        (NOT_SHOWN, NOT_SHOWN, f"a difference to {baseline}", adjusted + least),
-        (NOT_TESTED, NOT_TESTED, f"a difference to {baseline}", "It takes two seeds, and a spread between them."),
+        (BETTER, SHOWN, words[BETTER], adjusted),
+        (WORSE, SHOWN, words[WORSE], adjusted),
+        (NOT_SHOWN, NOT_SHOWN, words[NOT_SHOWN], adjusted + least),
+        (NOT_TESTED, NOT_TESTED, words[NOT_SHOWN], "It takes two seeds, and a spread between them."),
     ):
         if direction in by_verdict:
             statements.append(_statement(verdict, f"{name}, {text}: {'; '.join(by_verdict[direction])}. {after}"))
@@ -212,7 +273,10 @@ def _choices(report: dict[str, Any], line: str, where: str) -> list[dict[str, st
         if own["line"] != line:
             continue
         chosen, best = (_level(report, own[name]) for name in ("chosen_by_english", "best_by_targets"))
-        text = f"{task_name(own['task'])}{where}: English validation would choose {chosen}, "
+        seeds = f"n = {count(len(own['seeds']), 'seed')}"
+        if own["left_out"]:
+            seeds += f", without {join([_level(report, level) for level in own['left_out']])}, of fewer"
+        text = f"{task_name(own['task'])}{where} ({seeds}): English validation would choose {chosen}, "
         if chosen == best:
             text += "which is also the best in the target languages."
         else:
@@ -249,6 +313,6 @@ def _limits(report: dict[str, Any]) -> str:
     return (
         f"Limits: {count(len(report['facts']['encoders']), 'encoder')}; tests say what other seeds would do on these "
         f"examples, intervals also what other examples would do, both from {count(seeds, 'seed')}. Intervals of few "
-        "seeds hold the truth less often than they say. Languages one by one are not adjusted for their number. Not "
-        "shown does not mean that there is no effect."
+        "seeds hold the truth less often than they say, and those of a single one say nothing of other seeds. "
+        "Languages one by one are not adjusted for their number. Not shown does not mean that there is no effect."
     )

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from xlfa.study.analysis import BASELINES, CONTROL, GRID
+from xlfa.study.conditions import BASELINES, CONTROL, GRID
 from xlfa.study.resampling import ENF, HEADLINE, NOENF
 from xlfa.study.results import MAIN_ARM, SEPARATOR
 
@@ -115,10 +115,10 @@ def draw_all(report: dict[str, Any]) -> list[Drawing]:
 
 
 def of_line(report: dict[str, Any], task: str, line: str, kind: str = GRID) -> list[dict[str, Any]]:
-    """The conditions of a task and line by level, or the controls of the line's arm."""
-    own = [each for each in report["conditions"] if each["task"] == task and each["kind"] == kind]
-    arms = {each["arm"] for each in report["conditions"] if each["line"] == line}
-    return [each for each in own if (each["line"] == line if kind == GRID else each["arm"] in arms)]
+    """The conditions of a task and line by level, or the controls that the line is held against."""
+    return [
+        each for each in report["conditions"] if (each["task"], each["kind"]) == (task, kind) and line in each["lines"]
+    ]
 
 
 def _colour(task: str) -> str:
@@ -126,12 +126,8 @@ def _colour(task: str) -> str:
 
 
 def _positions(report: dict[str, Any], levels: list[int]) -> np.ndarray:
-    """Where levels stand on the horizontal axis: by value, or one beside the other."""
-    axis = report["axis"]
-    if axis["kind"] == "categorical":
-        return np.array(levels, dtype=float)
-    values = np.array([axis["values"][level] for level in levels])
-    return np.log10(values) if axis["kind"] == "log" else values
+    """Where levels stand on the horizontal axis."""
+    return np.array(report["axis"]["places"])[levels]
 
 
 def _parts(name: str, lines: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -146,15 +142,18 @@ def _prepare_axis(axes: Axes, report: dict[str, Any], label: bool) -> None:
     axis = report["axis"]
     levels = list(range(len(axis["levels"])))
     places = _positions(report, levels)
-    names = [level.replace(SEPARATOR, "\n") for level in axis["levels"]]
-    if axis["kind"] == "categorical":
-        names = ["\n".join(part.split(" ", 1)[-1] for part in level.split(SEPARATOR)) for level in axis["levels"]]
-    axes.set_xticks(places, names, fontsize=8)
+    axes.set_xticks(places, [_level_label(axis, level) for level in axis["levels"]], fontsize=8)
     margin = 0.12 * (np.ptp(places) or 1.0)
     axes.set_xlim(places.min() - margin, places.max() + margin)
     axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.6)
     if label:
         axes.set_xlabel(_axis_label(axis))
+
+
+def _level_label(axis: dict[str, Any], level: str) -> str:
+    """A level as a tick has it: of several fields the values alone, one below the other."""
+    parts = level.split(SEPARATOR)
+    return "\n".join(part.split(" ", 1)[-1] for part in parts) if axis["kind"] == "categorical" else "\n".join(parts)
 
 
 def _axis_label(axis: dict[str, Any]) -> str:
@@ -204,11 +203,15 @@ def _differences(report: dict[str, Any]) -> Iterator[Drawing]:
     baseline = _baseline(report)
     for axes in panels[::columns]:
         axes.set_ylabel(f"difference to {baseline}, points")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    legend = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles))
+    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=5, fontsize=8)
+    shown = [own for task in report["tasks"] for line in lines for own in _with_controls(report, task, line)]
     caption = (
-        f"Mean over the headline languages minus that of {baseline}, paired by seed. Bars: 95 % intervals from "
-        "clusters of examples x seeds. Diamonds: controls."
+        f"Mean over the headline languages minus that of {baseline}, paired by seed. Bars: {_intervals(shown)}. "
+        f"Diamonds: controls.{_seeds(shown)}"
     )
     yield Drawing("differences", f"Difference to {baseline}", caption, figure)
 
@@ -257,8 +260,26 @@ def _with_difference(report: dict[str, Any], line: str) -> bool:
 
 
 def _baseline(report: dict[str, Any]) -> str:
-    name = next(own["difference"]["baseline"] for own in report["conditions"] if own["difference"])
-    return control_name(name)
+    names = {own["difference"]["baseline"] for own in report["conditions"] if own["difference"]}
+    return control_name(names.pop()) if len(names) == 1 else "the baseline"
+
+
+def _with_controls(report: dict[str, Any], task: str, line: str) -> list[dict[str, Any]]:
+    return [*of_line(report, task, line), *of_line(report, task, line, CONTROL)]
+
+
+def _intervals(conditions: list[dict[str, Any]]) -> str:
+    """What the intervals are from: with a single seed nothing is known of what another one would do."""
+    single = any(len(own["seeds"]) == 1 for own in conditions)
+    return "95 % intervals from clusters of examples x seeds" + (
+        ", of a single seed from clusters alone" if single else ""
+    )
+
+
+def _seeds(conditions: list[dict[str, Any]]) -> str:
+    """A warning where conditions have different numbers of seeds."""
+    numbers = {len(own["seeds"]) for own in conditions}
+    return f" Means are over {min(numbers)} to {max(numbers)} seeds." if len(numbers) > 1 else ""
 
 
 def _control_order(report: dict[str, Any], line: str) -> list[str]:
@@ -304,11 +325,12 @@ def _draw_scores(report: dict[str, Any], name: str, lines: list[str], shown: lis
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=min(6, len(handles)), fontsize=8
     )
+    drawn = [own for task in report["tasks"] for line in lines for own in _with_controls(report, task, line)]
     caption = (
-        f"Mean over the headline languages ({' '.join(report['headline'])}). Bars and bands: 95 % intervals from "
-        "clusters of examples x seeds, those of the controls but the baseline at the right edge; dashes: single seeds. "
-        "Intervals hold what all conditions share (the same examples and seeds), so they may overlap where the paired "
-        "difference is clear: see the differences above."
+        f"Mean over the headline languages ({' '.join(report['headline'])}). Bars and bands: {_intervals(drawn)}, "
+        "those of the controls but the baseline at the right edge; dashes: single seeds. Intervals hold what all "
+        "conditions share (the same examples and seeds), so they may overlap where the paired difference is clear: see "
+        f"the differences above.{_seeds(drawn)}"
     )
     title = f"Score against {report['axis']['name']}{_of_lines(report, lines)}"
     return Drawing(name, title, caption, figure)
@@ -366,9 +388,11 @@ def _draw_groups(report: dict[str, Any], name: str, lines: list[str], tasks: lis
         row[0].set_ylabel(f"{task_name(task)}\ndifference, points")
         row[0].legend(loc="best", fontsize=8, ncols=2)
     members = {group: " ".join(report["tasks"][tasks[0]]["groups"][group]) for group in (ENF, NOENF)}
+    drawn = [own for task in tasks for line in lines for own in of_line(report, task, line)]
     caption = (
-        f"Difference to {_baseline(report)}: {ENF} ({members[ENF]}) and {NOENF} ({members[NOENF]}), 95 % intervals "
-        "from clusters of examples x seeds."
+        f"Difference to {_baseline(report)}: {ENF} ({members[ENF]}) and {NOENF} ({members[NOENF]}), "
+        f"{_intervals(drawn)}. Both share seeds and clusters: whether they differ is in the table of differences."
+        f"{_seeds(drawn)}"
     )
     title = f"English and German against the other languages{_of_lines(report, lines)}"
     return Drawing(name, title, caption, figure)
@@ -404,7 +428,7 @@ def _heat_maps(report: dict[str, Any]) -> Iterator[Drawing]:
         caption = (
             "Rows above the line are the headline languages, which every task scored; those below only this task did. "
             "Bold: the 95 % interval (clusters x seeds, one language at a time, not adjusted for their number) "
-            "leaves 0 out."
+            "leaves 0 out; never with a single seed."
         )
         title = f"Difference to {_baseline(report)} by language{_of_lines(report, [line])}"
         yield Drawing(f"languages_{number + 1}" if len(report["lines"]) > 1 else "languages", title, caption, figure)
@@ -419,7 +443,7 @@ def _heat_columns(report: dict[str, Any], task: str, line: str) -> list[dict[str
 
 
 def _heat_rows(report: dict[str, Any], task: str) -> list[str]:
-    """Headline languages, then the others, then the mean over the headline."""
+    """Headline languages, then the others."""
     headline = report["headline"]
     return [*headline, *(code for code in report["tasks"][task]["languages"] if code not in headline)]
 
@@ -433,29 +457,25 @@ def _heat_map(
     entries: list[list[dict[str, Any]]],
     largest: float,
 ) -> Any:
+    several = [len(own["difference"]["seeds"]) > 1 for own in columns]
     values = np.array([[each["value"] for each in row] for row in entries])
     # Blue is better. The colour map of a heat map is the same in light and dark mode, and so is the ink on it.
     norm = TwoSlopeNorm(0.0, -largest, largest)
     image = axes.imshow(values, cmap="RdBu", norm=norm, aspect="auto", interpolation="nearest")
     for y, row in enumerate(entries):
         for x, each in enumerate(row):
-            shown = each["interval"][0] > 0 or each["interval"][1] < 0
+            shown = several[x] and (each["interval"][0] > 0 or each["interval"][1] < 0)
             colour = "#f0f0f0" if abs(each["value"]) > 0.65 * largest else "#101010"
             text = f"{each['value']:+.1f}".replace("-", "\N{MINUS SIGN}")
             axes.text(
                 x, y, text, ha="center", va="center", color=colour, fontsize=7.5, weight="bold" if shown else None
             )
     names = [
-        own["condition"].replace(SEPARATOR, "\n")
+        _level_label(report["axis"], own["condition"])
         if own["kind"] == GRID
         else control_name(own["condition"]).replace(" ", "\n", 1)
         for own in columns
     ]
-    if report["axis"]["kind"] == "categorical":
-        names = [
-            "\n".join(part.split(" ", 1)[-1] for part in name.split("\n")) if own["kind"] == GRID else name
-            for own, name in zip(columns, names)
-        ]
     axes.set_xticks(range(len(columns)), names, fontsize=7.5)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.tick_params(length=0)
@@ -477,7 +497,7 @@ def _curves(report: dict[str, Any]) -> Iterator[Drawing]:
     for number, line in enumerate(report["lines"]):
         tasks = [task for task in report["tasks"] if of_line(report, task, line)]
         kinds = [("task_loss", "task loss"), ("ot_loss", "OT loss")]
-        drawn = {task: [*of_line(report, task, line), *of_line(report, task, line, CONTROL)] for task in tasks}
+        drawn = {task: _with_controls(report, task, line) for task in tasks}
         if not any(value is not None for own in drawn.values() for each in own for value in each["curves"]["ot_loss"]):
             kinds = kinds[:1]
         if not any(each["curves"]["step"] for own in drawn.values() for each in own):

@@ -152,7 +152,7 @@ def _clock(folder: Path) -> float:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as file:
             os.utime(file.fileno())
             return os.fstat(file.fileno()).st_mtime
-    except PermissionError:
+    except OSError:
         return time.time()
 
 

@@ -12,6 +12,7 @@ from xlfa.files import replacing, write_text
 from xlfa.study.analysis import analyse
 from xlfa.study.conclusions import conclude
 from xlfa.study.figures import draw_all
+from xlfa.study.grid import PlannedCell
 from xlfa.study.results import read_study
 from xlfa.study.tables import Table, make_tables
 
@@ -22,7 +23,7 @@ FIGURES_FOLDER = "figures"
 TABLES_FOLDER = "tables"
 
 
-def write_report(folder: Path, output: Path, planned: Sequence[str] | None = None) -> Path:
+def write_report(folder: Path, output: Path, planned: Sequence[PlannedCell] | None = None) -> Path:
     """Report on what is finished of a study, and say what is missing.
 
     Figures and tables of an earlier report in `output` that this one does not have are removed.
@@ -30,7 +31,7 @@ def write_report(folder: Path, output: Path, planned: Sequence[str] | None = Non
     Args:
         folder: of the study.
         output: gets `index.html`, `report.json`, `figures/*.png` and `tables/*.csv`, each complete or not there.
-        planned: ids of the study's cells; by default all in the folder, and gaps in their grid are what is missing.
+        planned: the study's cells; by default all in the folder, and gaps in their grid are what is missing.
 
     Returns:
         The page.
@@ -48,8 +49,12 @@ def write_report(folder: Path, output: Path, planned: Sequence[str] | None = Non
             temporary.write_bytes(drawing.png())
     for table in tables:
         write_text(output / TABLES_FOLDER / f"{table.name}.csv", table.csv())
-    _remove_others(output / FIGURES_FOLDER, ".png", [drawing.name for drawing in drawings])
-    _remove_others(output / TABLES_FOLDER, ".csv", [table.name for table in tables])
+    written = {
+        *(f"{FIGURES_FOLDER}/{drawing.name}.png" for drawing in drawings),
+        *(f"{TABLES_FOLDER}/{table.name}.csv" for table in tables),
+    }
+    _remove_outdated(output, written)
+    report["files"] = sorted(written)
     write_text(output / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     page = output / PAGE_FILE
     shown = [table for table in tables if table.on_page]
@@ -76,7 +81,13 @@ def render(report: dict[str, Any], *, drawings: list, images: dict[str, str], ta
     )
 
 
-def _remove_others(folder: Path, suffix: str, names: list[str]) -> None:
-    for path in folder.glob(f"*{suffix}"):
-        if path.stem not in names:
-            path.unlink()
+def _remove_outdated(output: Path, written: set[str]) -> None:
+    """Of the files that an earlier report says it wrote, those that this one did not write."""
+    try:
+        files = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return
+    for name in set(files) - written:
+        # Whatever stands in that file, nothing is removed elsewhere.
+        if Path(name).parent.as_posix() in (FIGURES_FOLDER, TABLES_FOLDER):
+            (output / name).unlink(missing_ok=True)

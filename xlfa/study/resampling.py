@@ -4,7 +4,7 @@ Together they are a bootstrap of two ways (Owen 2007, "The pigeonhole bootstrap"
 clusters of examples, the same ones for all cells and languages, so that differences are paired in both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,6 +53,10 @@ class TaskScores:
     def number_of_draws(self) -> int:
         """Of clusters."""
         return self.draws[self.metrics[0]].shape[-1]
+
+    def with_draws(self, number: int) -> "TaskScores":
+        """With the first `number` draws, as many as another task has."""
+        return replace(self, draws={metric: own[..., :number] for metric, own in self.draws.items()})
 
     @property
     def languages(self) -> list[str]:

@@ -4,15 +4,18 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xlfa.errors import XLFAError
 from xlfa.statistics import Counts
 from xlfa.study.sums import DIGEST, read_sums
 from xlfa.tasks import get_task
+
+if TYPE_CHECKING:
+    from xlfa.study.grid import PlannedCell
 
 RESULT_FILE = "result.json"
 FAILED_FILE = "failed.json"
@@ -21,6 +24,8 @@ CELLS_FOLDER = "cells"
 SCHEMA_VERSION = 2
 CONTROL_ROLE = "control:"
 MAIN_ARM = "main"
+# The part of training that means over its log are of.
+LAST_PART = 0.25
 # What cells of a task must share to be compared, of `scores.json`.
 SAME_EXAMPLES = ("dataset", "splits", DIGEST)
 # Values of a condition's label, between fields.
@@ -110,14 +115,14 @@ class Study:
         name: as the study's file has it.
         cells: finished, by task, arm and seed.
         unfinished: cells that were begun and have no result → what they failed with; empty where nothing is recorded.
-        planned: ids of all cells; None where the plan is not known.
+        planned: all cells, in the order in which they are run; None where the plan is not known.
     """
 
     folder: Path
     name: str
     cells: list[Cell]
     unfinished: dict[str, str]
-    planned: list[str] | None = None
+    planned: "Sequence[PlannedCell] | None" = None
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -126,8 +131,11 @@ class Study:
 
     @cached_property
     def arms(self) -> list[str]:
-        """Names, `main` first."""
-        return sorted({cell.arm for cell in self.cells}, key=lambda arm: (arm != MAIN_ARM, arm))
+        """Names: in the order of the plan, without one `main` first."""
+        there = {cell.arm for cell in self.cells}
+        if self.planned is not None:
+            return [arm for arm in dict.fromkeys(cell.arm for cell in self.planned) if arm in there]
+        return sorted(there, key=lambda arm: (arm != MAIN_ARM, arm))
 
     @cached_property
     def fields(self) -> dict[str, list[Value]]:
@@ -154,7 +162,7 @@ class Study:
         """
         if self.planned is not None:
             there = {cell.id for cell in self.cells} | self.unfinished.keys()
-            return [id for id in self.planned if id not in there]
+            return [cell.id for cell in self.planned if cell.id not in there]
         there = {
             (cell.task, cell.arm, condition, cell.seed) for cell in self.cells for condition in self.conditions(cell)
         }
@@ -196,12 +204,14 @@ def in_order(values: Iterable[Value]) -> list[Value]:
     return sorted(numbers, key=lambda value: (numbers[value] is None, numbers[value] or 0.0))
 
 
-def read_study(folder: Path, planned: Sequence[str] | None = None) -> Study:
+def read_study(folder: Path, planned: "Sequence[PlannedCell] | None" = None) -> Study:
     """A study's finished cells.
 
     Args:
         folder: of the study.
-        planned: ids of its cells; others in the folder are left out. By default all that are there.
+        planned: its cells; others in the folder are left out, and what a cell stands for (its point of the grid, the
+            controls) is what the plan says now: a part may have been added to the grid since. By default all that are
+            there, as their results have it.
 
     Raises:
         XLFAError: for a folder without any, for a result that cannot be read, and where cells that are to be compared
@@ -211,21 +221,29 @@ def read_study(folder: Path, planned: Sequence[str] | None = None) -> Study:
     if not cells_folder.is_dir():
         raise XLFAError(f"{folder} is no study's folder (it has no {CELLS_FOLDER}/): name the output_dir of the study")
     folders = sorted(path for path in cells_folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if planned is not None:
-        folders = [path for path in folders if path.name in set(planned)]
+    by_id = None if planned is None else {cell.id: cell for cell in planned}
+    if by_id is not None:
+        folders = [path for path in folders if path.name in by_id]
     finished = [path for path in folders if (path / RESULT_FILE).is_file()]
     if not finished:
         raise XLFAError(f"{folder} has no finished cell yet ({len(folders)} begun): `xlfa study run` makes them")
-    cells = sorted((read_cell(path) for path in finished), key=lambda cell: (cell.task, cell.arm, cell.seed, cell.id))
+    cells = [read_cell(path) for path in finished]
+    if by_id is not None:
+        cells = [_as_planned(cell, by_id[cell.id]) for cell in cells]
+    cells.sort(key=lambda cell: (cell.task, cell.arm, cell.seed, cell.id))
     names = {cell.study: cell for cell in cells}
     if len(names) > 1:
         places = ", ".join(f"{name!r} ({cell.id})" for name, cell in names.items())
         raise XLFAError(f"{folder} has cells of several studies: {places}: each needs an output_dir of its own")
     check_same_examples(cells)
     unfinished = {path.name: read_failure(path) for path in folders if path not in finished}
-    study = Study(folder, cells[0].study, cells, unfinished, None if planned is None else list(planned))
+    study = Study(folder, cells[0].study, cells, unfinished, planned)
     check_unique(study)
     return study
+
+
+def _as_planned(cell: Cell, planned: "PlannedCell") -> Cell:
+    return replace(cell, point=planned.point, control=planned.control, roles=list(planned.roles))
 
 
 def read_cell(folder: Path) -> Cell:

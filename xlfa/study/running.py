@@ -37,6 +37,8 @@ STUDY_FILE = "study.json"
 WORKERS_FOLDER = "workers"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 POLL_SECONDS = 1.0
+# How `xlfa study run` ends where cells failed, which their folders say; 1 is that of an exception.
+FAILED_STATUS = 3
 # What is left to workers, after they were told to end, to release their cells.
 GRACE_SECONDS = 30.0
 
@@ -223,8 +225,7 @@ def start_workers(plan: Plan, number: int, flags: list[str]) -> None:
     finally:
         _end(workers)
     for worker, log in zip(workers, logs):
-        # 1: some cell failed, which its folder says.
-        if worker.returncode not in (0, 1):
+        if worker.returncode not in (0, FAILED_STATUS):
             raise XLFAError(f"a worker ended with status {worker.returncode}: {_last_line(log)} ({log}); run it again")
 
 

@@ -49,6 +49,7 @@ class PermutationTest:
         smallest_slope_p: no arrangement of these values has a smaller one.
         omega_squared: partial, of the levels as a factor; None where nothing is left for the error.
         omega_squared_p: p value of no difference between levels.
+        smallest_omega_p: no arrangement of these values has a smaller one.
         null_mean, null_high: mean and 95 % quantile of omega squared over the arrangements.
         arrangements: how many were tried.
         exact: whether these are all there are.
@@ -59,6 +60,7 @@ class PermutationTest:
     smallest_slope_p: float | None
     omega_squared: float | None
     omega_squared_p: float | None
+    smallest_omega_p: float | None
     null_mean: float | None
     null_high: float | None
     arrangements: int
@@ -140,13 +142,22 @@ def permutation_test(response: Response) -> PermutationTest:
         slope_p = _share_as_large(np.abs(found), abs(slope))
         smallest = _share_as_large(np.abs(found), float(np.abs(found).max()))
     omegas = omega_squared(response, arrangements)
-    omega = omega_p = null_mean = null_high = None
+    omega = omega_p = smallest_omega = null_mean = null_high = None
     if omegas is not None:
         omega = float(omega_squared(response, np.arange(len(response.values))[None])[0])
-        omega_p = _share_as_large(omegas, omega)
+        omega_p, smallest_omega = (_share_as_large(omegas, value) for value in (omega, float(omegas.max())))
         null_mean, null_high = float(omegas.mean()), float(np.quantile(omegas, 1 - ALPHA))
     return PermutationTest(
-        slope, slope_p, smallest, omega, omega_p, null_mean, null_high, arrangements=len(arrangements), exact=exact
+        slope=slope,
+        slope_p=slope_p,
+        smallest_slope_p=smallest,
+        omega_squared=omega,
+        omega_squared_p=omega_p,
+        smallest_omega_p=smallest_omega,
+        null_mean=null_mean,
+        null_high=null_high,
+        arrangements=len(arrangements),
+        exact=exact,
     )
 
 

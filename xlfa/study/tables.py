@@ -103,8 +103,10 @@ def tests_table(report: dict[str, Any]) -> Table:
         rows.append([*about, *slope, *(test.get(key) for key in names)])
     unit = "" if report["axis"] is None else f" Slopes are per {report['axis']['unit']}."
     caption = (
-        "Rows with two tasks are the interaction of the task with the field: the primary test in the first line, "
-        f"secondary in others. The other rows are each task's own dependence on the field. None is adjusted.{unit}"
+        "Rows with two tasks are the interaction of the task with the field: of the first line and in points it is the "
+        "primary test, others are secondary. The other rows are each task's own dependence on the field. None is "
+        f"adjusted.{unit} The deviation over seeds that is a unit is that of the differences to the reference, and is "
+        "taken as known."
     )
     return Table("tests", "Primary test and dependence by task", caption, columns, rows)
 
@@ -116,6 +118,8 @@ def differences_table(report: dict[str, Any]) -> Table:
         *(Column("seeds", "d"), Column("difference", "+.2f"), Column("low", "+.2f"), Column("high", "+.2f")),
         *(Column("seed deviation", ".2f"), Column("p", "p"), Column("p (Holm)", "p"), Column("detectable", ".2f")),
         *(Column("detectable (Holm)", ".2f"), Column(ENF, "+.2f"), Column(NOENF, "+.2f")),
+        *(Column(f"{ENF} − {NOENF}", "+.2f"), Column("its low", "+.2f"), Column("its high", "+.2f")),
+        Column("its p (Holm)", "p"),
     ]
     rows = []
     for own in report["conditions"]:
@@ -128,11 +132,15 @@ def differences_table(report: dict[str, Any]) -> Table:
             tests = [difference[name] if number == 0 else None for name in names]
             groups = [scores.get(group, {}).get("value") for group in (ENF, NOENF)]
             about = [own["task"], own["line"], own["condition"], difference["baseline"], metric]
-            rows.append([*about, len(difference["seeds"]), *_four(scores[HEADLINE]), *tests, *groups])
+            contrast = [None] * 4
+            if number == 0 and difference["contrast"] is not None:
+                found = difference["contrast"]
+                contrast = [found["value"], *found["interval"], found["p_holm"]]
+            rows.append([*about, len(difference["seeds"]), *_four(scores[HEADLINE]), *tests, *groups, *contrast])
     caption = (
         "Points, means over the headline languages, paired by seed. p: Student's t over seeds; Holm: adjusted for the "
         "levels, or the controls, of a task and line; detectable: with probability 0.8 at p < 0.05, and at the "
-        "strictest of Holm's steps."
+        f"strictest of Holm's steps. {ENF} − {NOENF}: what English and German gain more than the others."
     )
     return Table("differences", "Differences to the baseline", caption, columns, rows)
 
@@ -170,11 +178,12 @@ def selection_table(report: dict[str, Any]) -> Table:
         *(Column(name) for name in ("task", "line")),
         *(Column("seeds", "d"), Column("chosen by English"), Column("best in the target languages")),
         *(Column("cost", ".2f"), Column("low", "+.2f"), Column("high", "+.2f"), Column("cost, held-out seeds", "+.2f")),
+        Column("levels with fewer seeds, left out"),
     ]
     rows = [
         [
             *(own["task"], own["line"], len(own["seeds"]), own["chosen_by_english"], own["best_by_targets"]),
-            *(own["cost"], *own["interval"], own["held_out_cost"]),
+            *(own["cost"], *own["interval"], own["held_out_cost"], ", ".join(own["left_out"]) or None),
         ]
         for own in report["selection"]
     ]
@@ -191,7 +200,8 @@ def transport_table(report: dict[str, Any]) -> Table:
         *(Column(name) for name in ("task", "line", "condition")),
         Column("seeds", "d"),
         *(Column(name, spec) for name, (_, spec) in TRANSPORT.items()),
-        *(Column("gradient ratio", ".3f"), Column("Tatoeba before", ".1f"), Column("Tatoeba after", ".1f")),
+        *(Column("gradient ratio, first step", ".3f"), Column("gradient ratio", ".3f")),
+        *(Column("Tatoeba before", ".1f"), Column("Tatoeba after", ".1f")),
     ]
     rows = []
     for own in report["conditions"]:
@@ -200,10 +210,12 @@ def transport_table(report: dict[str, Any]) -> Table:
             diagnostics = [transport.get(key) for key, _ in TRANSPORT.values()]
             tatoeba = [retrieval.get(when, {}).get("mean") for when in ("before", "after")]
             about = [own["task"], own["line"], own["condition"], len(own["seeds"])]
-            rows.append([*about, *diagnostics, own["gradient_ratio"], *tatoeba])
+            ratios = [own["gradient_ratio"][name] for name in ("first", "late")]
+            rows.append([*about, *diagnostics, *ratios, *tatoeba])
     caption = (
         "Means over seeds and the last quarter of training; gradient ratio: norm of the weighted OT term's gradient "
-        "over the task's; Tatoeba: P@1 in per cent, both directions, last layer, mean over languages."
+        "over the task's, and the same at the first step alone; Tatoeba: P@1 in per cent, both directions, last layer, "
+        "mean over languages."
     )
     return Table("transport", "Transport and retrieval", caption, columns, rows)
 
