@@ -36,7 +36,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
-from modeling_xlfa.modeling_xlfa import XLFAModelOutput, XLFAPreTrainedModel
+from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
+from modeling_xlfa.outputs_xlfa import XLFAModelOutput
 from xlfa.arguments import XLFATrainingArguments
 from xlfa.backbones import resolve_encoder
 from xlfa.batching import GlobalBatches

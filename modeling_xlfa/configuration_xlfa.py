@@ -48,6 +48,9 @@ class XLFAConfig(PretrainedConfig):
         fusion_gate (`str`, defaults to `"literal"`):
             Of `"dlfa"`. `"literal"`: AIF's output gates, as published; `"sigmoid"`: AIF's attention in (0, 1), as in
             AFF.
+        fusion_gate_bias (`float`, defaults to 0.0):
+            Of `"dlfa"` and `"aff"` (ours): where a trained bias within the gate's sigmoid starts. Below 0, training
+            starts near the plain last layer: at -6 a gate of 0.0025. 0: there is no such bias, as published.
         fusion_reduction (`int`, defaults to 4):
             r of the bottleneck: hidden size / r channels.
         fusion_norm (`str`, defaults to `"batch"`):
@@ -124,6 +127,7 @@ class XLFAConfig(PretrainedConfig):
         fusion="dlfa",
         fusion_layer=None,
         fusion_gate="literal",
+        fusion_gate_bias=0.0,
         fusion_reduction=4,
         fusion_norm="batch",
         fusion_layer_norm=False,
@@ -182,6 +186,7 @@ class XLFAConfig(PretrainedConfig):
         self.fusion = fusion
         self.fusion_layer = fusion_layer
         self.fusion_gate = fusion_gate
+        self.fusion_gate_bias = fusion_gate_bias
         self.fusion_reduction = fusion_reduction
         self.fusion_norm = fusion_norm
         self.fusion_layer_norm = fusion_layer_norm
@@ -245,6 +250,8 @@ class XLFAConfig(PretrainedConfig):
             self._reject("fusion_layer", f"a layer index with fusion={self.fusion!r}, which chooses no lower layer")
         if not (_is_int(self.fusion_reduction) and 1 <= self.fusion_reduction <= self.hidden_size):
             self._reject("fusion_reduction", f"an integer 1..{self.hidden_size} (the hidden size)")
+        if not _is_finite(self.fusion_gate_bias):
+            self._reject("fusion_gate_bias", "a finite number (0: no bias)")
         for field in ("fusion_layer_norm", "ot_debiased", "ot_center"):
             if not isinstance(getattr(self, field), bool):
                 self._reject(field, "True or False")
@@ -259,6 +266,8 @@ class XLFAConfig(PretrainedConfig):
                 self._reject(field, "None or a finite number > 0")
         if self.ot_tau is not None and self.ot_solver != "sinkhorn":
             self._reject("ot_tau", f"None with ot_solver={self.ot_solver!r}, which has hard marginals only")
+        if self.ot_epsilon_start is not None and self.ot_solver != "sinkhorn":
+            self._reject("ot_epsilon_start", f"None with ot_solver={self.ot_solver!r}, which knows no epsilon")
         if self.ot_layer != "fused" and not (_is_int(self.ot_layer) and 0 <= self.ot_layer <= depth):
             self._reject("ot_layer", f"'fused' or a layer index 0..{depth}")
         if not (_is_int(self.freeze_layers) and 0 <= self.freeze_layers < depth):

@@ -7,8 +7,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import ModelOutput
+
+# In older versions a layer's hooks run within what is checkpointed, and are gone when it is computed again.
+HOOKS_ARE_CHECKPOINTED = "__call__" in vars(GradientCheckpointingLayer)
 
 
 def load_encoder(name_or_path: str, text_config: PretrainedConfig) -> PreTrainedModel:
@@ -23,7 +27,8 @@ def encoder_layers(encoder: PreTrainedModel) -> nn.ModuleList:
     """The encoder's layers 1..N, in their order.
 
     Raises:
-        ValueError: for an encoder that shares or nests its layers (ALBERT): they cannot be run one without another.
+        ValueError: for an encoder that shares or nests its layers (ALBERT), or has the parts of a layer in several
+            lists (XLM): they cannot be run one without another.
     """
     owner, name = _place_of_layers(encoder)
     return getattr(owner, name)
@@ -31,10 +36,13 @@ def encoder_layers(encoder: PreTrainedModel) -> nn.ModuleList:
 
 def _place_of_layers(encoder: PreTrainedModel) -> tuple[nn.Module, str]:
     """The module that holds the list of layers, and the list's name in it."""
+    depth = encoder.config.num_hidden_layers
     for owner in encoder.modules():
-        for name, module in owner.named_children():
-            if isinstance(module, nn.ModuleList) and len(module) == encoder.config.num_hidden_layers:
-                return owner, name
+        lists = [name for name, own in owner.named_children() if isinstance(own, nn.ModuleList) and len(own) == depth]
+        if len(lists) == 1:
+            return owner, lists[0]
+        if lists:
+            break
     raise ValueError(f"a {encoder.config.model_type!r} encoder has no list of its layers: it runs as a whole only")
 
 
@@ -57,6 +65,10 @@ def run_layers(
     Returns:
         Layer → states, each B x T x E, where H_N is the encoder's output, after the final norm if it has one; and what
         the encoder returned.
+
+    Raises:
+        ValueError: for a part of an encoder whose layers cannot be run one without another; and in training, under
+            gradient checkpointing of a version of transformers that recomputes layers without their hooks.
     """
     depth = encoder.config.num_hidden_layers
     last = depth if last is None else last
@@ -92,6 +104,16 @@ def _layers_only(
 
     owner, name = _place_of_layers(encoder)
     layers = getattr(owner, name)
+    if first and getattr(owner, "conv", None) is not None:
+        raise ValueError(
+            f"this {encoder.config.model_type!r} encoder has a convolution after its first layer: it cannot start from "
+            f"the states of layer {first}"
+        )
+    if HOOKS_ARE_CHECKPOINTED and encoder.is_gradient_checkpointing and layers[last - 1].training:
+        raise ValueError(
+            "gradient checkpointing of a part of the encoder (ot_layer below the last one, or stored states of frozen "
+            "layers) needs a newer transformers: pip install --upgrade transformers"
+        )
     hooks = [layers[last - 1].register_forward_hook(keep)]
     if states is not None:
         hooks.append(layers[first].register_forward_pre_hook(start, with_kwargs=True))

@@ -74,20 +74,29 @@ class AIF(nn.Module):
         channels: E.
         reduction: r; the bottleneck has E / r channels. The paper prints none, AFF (arXiv 2009.14082) uses 4.
         norm: `"batch"` as published, `"layer"`, or `"none"`.
+        gate_bias: where a trained bias within the sigmoid starts, for all channels (ours); 0: there is none.
     """
 
-    def __init__(self, channels: int, reduction: int = 4, norm: str = "batch"):
+    def __init__(self, channels: int, reduction: int = 4, norm: str = "batch", gate_bias: float = 0.0):
         super().__init__()
         self.global_branch = AIFBranch(channels, reduction, norm)
         self.local_branch = AIFBranch(channels, reduction, norm)
+        self.first_gate_bias = gate_bias
+        self.gate_bias = nn.Parameter(torch.empty(channels)) if gate_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.gate_bias is not None:
+            nn.init.constant_(self.gate_bias, self.first_gate_bias)
 
     def attention(self, states: torch.Tensor, mask: torch.Tensor, update_statistics: bool = True) -> torch.Tensor:
-        """sigmoid(W_global + W_local), B x T x E, in (0, 1)."""
+        """sigmoid(W_global + W_local), with a bias where there is one, B x T x E, in (0, 1)."""
         weights = mask.unsqueeze(-1).to(states.dtype)
         pooled = (states * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1)
         not_empty = mask.any(dim=1, keepdim=True)
         global_part = self.global_branch(pooled, not_empty, update_statistics)
-        return torch.sigmoid(global_part + self.local_branch(states, mask, update_statistics))
+        logits = global_part + self.local_branch(states, mask, update_statistics)
+        return torch.sigmoid(logits if self.gate_bias is None else logits + self.gate_bias)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor, update_statistics: bool = True) -> torch.Tensor:
         """Eq. 1 on `states` (B x T x E); `mask` is B x T. Returns B x T x E."""
@@ -137,7 +146,7 @@ class GatedFusion(nn.Module):
 
     Args:
         channels: E.
-        reduction, norm: of the gate, see `AIF`.
+        reduction, norm, gate_bias: of the gate, see `AIF`.
         layer_norm: a LayerNorm of its own on each layer first.
         mixed_layers: L1 is the scalar mix, without gamma, of that many layers; by default it is one layer.
     """
@@ -149,6 +158,7 @@ class GatedFusion(nn.Module):
         norm: str = "batch",
         layer_norm: bool = False,
         mixed_layers: int | None = None,
+        gate_bias: float = 0.0,
     ):
         super().__init__()
         if mixed_layers is None:
@@ -157,7 +167,7 @@ class GatedFusion(nn.Module):
             # Its layers have their own norms.
             self.lower_mix, self.lower_norm = ScalarMix(mixed_layers, channels, layer_norm, scaled=False), None
         self.last_norm = _build_layer_norm(channels, layer_norm)
-        self.aif = AIF(channels, reduction, norm)
+        self.aif = AIF(channels, reduction, norm, gate_bias)
 
     def gate_weights(
         self, lower: torch.Tensor, last: torch.Tensor, mask: torch.Tensor, update_statistics: bool
@@ -232,6 +242,7 @@ def build_fusion(config: XLFAConfig) -> ScalarMix | DLFA | AFF | None:
         "norm": config.fusion_norm,
         "layer_norm": config.fusion_layer_norm,
         "mixed_layers": depth - 1 if config.fusion_layer == "learned" else None,
+        "gate_bias": config.fusion_gate_bias,
     }
     if config.fusion == "aff":
         return AFF(config.hidden_size, **options)

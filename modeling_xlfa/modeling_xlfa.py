@@ -1,7 +1,6 @@
 """XLFA models: an encoder with feature aggregation, an alignment term in `forward`, and three heads."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,13 @@ from transformers.utils import ModelOutput
 
 from .configuration_xlfa import XLFAConfig
 from .encoder_xlfa import encoder_layers, load_encoder, run_layers
-from .fusion_xlfa import ScalarMix, build_fusion
+from .fusion_xlfa import AIF, ScalarMix, build_fusion
+from .outputs_xlfa import (
+    XLFAClassifierOutput,
+    XLFAModelOutput,
+    XLFAQuestionAnsweringOutput,
+    transport_statistics,
+)
 from .sinkhorn_xlfa import TransportResult
 from .transport_xlfa import alignment_loss
 
@@ -21,66 +26,6 @@ if TYPE_CHECKING:
     # Never run, but read: from a local folder transformers 4 and 5.0 copy only the files that this one itself names,
     # and transport_xlfa.py imports this one on a GPU.
     from .sinkhorn_triton_xlfa import solve_with_triton  # noqa: F401
-
-
-@dataclass
-class XLFAModelOutput(ModelOutput):
-    """Output of `XLFAModel`.
-
-    Args:
-        last_hidden_state: B x T x E, the fused states (the last layer's where `fusion="none"`).
-        ot_loss: scalar, the alignment term before `ot_weight`; None without pairs.
-        ot_statistics: what the solver did, one detached value a pair; None without pairs. See `transport_statistics`.
-        hidden_states: the encoder's own states H_0..H_N, each B x T x E, on request.
-        attentions: the encoder's attention weights, on request.
-    """
-
-    last_hidden_state: torch.FloatTensor | None = None
-    ot_loss: torch.FloatTensor | None = None
-    ot_statistics: dict[str, torch.Tensor] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class XLFAClassifierOutput(ModelOutput):
-    """Output of the classification heads.
-
-    Args:
-        loss: scalar, task_loss + ot_weight · ot_loss, of the parts that are there.
-        logits: B x labels for sequences, B x T x labels for tokens.
-        task_loss: scalar, the cross entropy; None without labels.
-        ot_loss, ot_statistics, hidden_states, attentions: see `XLFAModelOutput`.
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    task_loss: torch.FloatTensor | None = None
-    ot_loss: torch.FloatTensor | None = None
-    ot_statistics: dict[str, torch.Tensor] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class XLFAQuestionAnsweringOutput(ModelOutput):
-    """Output of the question-answering head.
-
-    Args:
-        loss: scalar, task_loss + ot_weight · ot_loss, of the parts that are there.
-        start_logits, end_logits: B x T.
-        task_loss: scalar, mean of the two cross entropies; None without positions.
-        ot_loss, ot_statistics, hidden_states, attentions: see `XLFAModelOutput`.
-    """
-
-    loss: torch.FloatTensor | None = None
-    start_logits: torch.FloatTensor | None = None
-    end_logits: torch.FloatTensor | None = None
-    task_loss: torch.FloatTensor | None = None
-    ot_loss: torch.FloatTensor | None = None
-    ot_statistics: dict[str, torch.Tensor] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class XLFAPreTrainedModel(PreTrainedModel):
@@ -104,7 +49,7 @@ class XLFAPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, XLFAModel) and module.ot_idf is not None:
             nn.init.ones_(module.ot_idf)
-        elif isinstance(module, ScalarMix):
+        elif isinstance(module, (AIF, ScalarMix)):
             module.reset_parameters()
 
     @classmethod
@@ -208,10 +153,15 @@ class XLFAModel(XLFAPreTrainedModel):
         return self
 
     def freeze_trunk(self) -> None:
-        """No gradient for all of the encoder but its layers above `freeze_layers`, where that is not 0."""
+        """No gradient for all of the encoder but its layers above `freeze_layers`, where that is not 0.
+
+        Those layers are left as they are: somebody may have frozen some of their parameters.
+        """
         if self.config.freeze_layers:
-            self.encoder.requires_grad_(False)
-            encoder_layers(self.encoder)[self.config.freeze_layers :].requires_grad_(True)
+            upper = set(encoder_layers(self.encoder)[self.config.freeze_layers :].parameters())
+            for parameter in self.encoder.parameters():
+                if parameter not in upper:
+                    parameter.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.get_input_embeddings()
@@ -250,14 +200,16 @@ class XLFAModel(XLFAPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        output = XLFAModelOutput()
+        # An output gets all its parts when it is made: older transformers make no keys of those that are set later
+        # (issue 44079).
+        parts = {}
         # Before the task batch, whose statistics batch norm would already have taken in.
         if source_input_ids is not None and target_input_ids is not None:
-            output.ot_loss, result = self.align(
+            parts["ot_loss"], result = self.align(
                 _Sentences(source_input_ids, source_attention_mask, source_special_tokens_mask),
                 _Sentences(target_input_ids, target_attention_mask, target_special_tokens_mask),
             )
-            output.ot_statistics = transport_statistics(result, self.config.ot_solver)
+            parts["ot_statistics"] = transport_statistics(result, self.config.ot_solver)
         elif (source_input_ids is None) != (target_input_ids is None):
             raise ValueError("alignment needs both source_input_ids and target_input_ids; one of them is missing")
         if input_ids is not None or inputs_embeds is not None:
@@ -274,9 +226,10 @@ class XLFAModel(XLFAPreTrainedModel):
                 inputs["output_attentions"] = True
             every = range(self.config.num_hidden_layers + 1)
             states, encoded = self._encode(inputs, list(every) if output_hidden_states else self.fused_layers)
-            output.last_hidden_state = self._fuse(states, attention_mask)
-            output.hidden_states = tuple(states[layer] for layer in every) if output_hidden_states else None
-            output.attentions = encoded.attentions if output_attentions else None
+            parts["last_hidden_state"] = self._fuse(states, attention_mask)
+            parts["hidden_states"] = tuple(states[layer] for layer in every) if output_hidden_states else None
+            parts["attentions"] = encoded.attentions if output_attentions else None
+        output = XLFAModelOutput(**parts)
         return output if return_dict else output.to_tuple()
 
     @property
@@ -286,8 +239,17 @@ class XLFAModel(XLFAPreTrainedModel):
         return start ** (1 - self.ot_progress) * self.config.ot_epsilon**self.ot_progress
 
     def align(self, source: "_Sentences", target: "_Sentences") -> tuple[torch.Tensor, TransportResult]:
-        """The alignment term of a batch of pairs and what the solver did."""
+        """The alignment term of a batch of pairs and what the solver did.
+
+        Raises:
+            ValueError: for different numbers of source and target sentences.
+        """
         config = self.config
+        numbers = [len(side.input_ids) for side in (source, target)]
+        if numbers[0] != numbers[1]:
+            raise ValueError(
+                f"source_input_ids has {numbers[0]} sentences and target_input_ids {numbers[1]}: pair them"
+            )
         input_ids, states, mask = self._alignment_states(source, target)
         marginal = self._marginals(input_ids, states, mask)
         pairs = source.input_ids.shape[0]
@@ -334,15 +296,16 @@ class XLFAModel(XLFAPreTrainedModel):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         # Dropout of the alignment sequences draws from a copy of the generator, so that the task batches of a run see
         # the same dropout with the term and without it.
-        devices = [input_ids.device] if input_ids.device.type == "cuda" else []
-        with torch.random.fork_rng(devices, enabled=self.training):
+        kind = input_ids.device.type if input_ids.device.type in ("cuda", "xpu") else None
+        devices = [] if kind is None else [input_ids.device]
+        with torch.random.fork_rng(devices, enabled=self.training, device_type=kind):
             if layer == "fused":
                 encoded, _ = self._encode(inputs, self.fused_layers)
                 states = self._fuse(encoded, attention_mask, update_statistics=False)
             else:
                 encoded, _ = self._encode(inputs, [layer], last=max(1, layer))
                 states = encoded[layer]
-        return input_ids, states, attention_mask * (1 - special)
+        return input_ids, states, attention_mask * (special == 0)
 
     @property
     def fused_layers(self) -> list[int]:
@@ -474,10 +437,20 @@ class XLFAForQuestionAnswering(XLFAPreTrainedModel):
 
 
 class _XLFAClassifier(XLFAPreTrainedModel):
-    """A linear classifier over the fused states, shared by the two classification heads."""
+    """A linear classifier over the fused states, shared by the two classification heads.
+
+    Raises:
+        ValueError: for fewer than two labels, or a `problem_type` that is not single-label classification.
+    """
 
     def __init__(self, config: XLFAConfig):
         super().__init__(config)
+        if config.num_labels < 2:
+            raise ValueError(f"num_labels={config.num_labels} is not allowed: a classifier needs at least 2")
+        if getattr(config, "problem_type", None) not in (None, "single_label_classification"):
+            raise ValueError(
+                f"problem_type={config.problem_type!r} is not allowed: it must be None or 'single_label_classification'"
+            )
         self.num_labels = config.num_labels
         self.xlfa = XLFAModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
@@ -559,20 +532,6 @@ class XLFAForTokenClassification(_XLFAClassifier):
 
     def select_features(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         return states
-
-
-def transport_statistics(result: TransportResult, solver: str) -> dict[str, torch.Tensor]:
-    """What training logs of a solve, one value a pair: plan entropy (nats) and, of Sinkhorn's iterations, their number,
-    the marginal error, the absolute epsilon and whether the pair did not converge."""
-    if solver != "sinkhorn":
-        return {"plan_entropy": result.plan_entropy.detach()}
-    return {
-        "plan_entropy": result.plan_entropy.detach(),
-        "iterations": result.iterations,
-        "marginal_error": result.marginal_error.detach(),
-        "epsilon": result.epsilon,
-        "not_converged": ~result.converged,
-    }
 
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:

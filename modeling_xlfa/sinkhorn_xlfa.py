@@ -121,7 +121,7 @@ def solve_with_torch(problem: TransportProblem) -> TransportResult:
         # While the scalings are large, the kernel's floor carries mass that the plan does not have.
         done = (error <= problem.tol) & ~stretched
         newton = state.plan_ahead(error, count) & ~done
-        # The one synchronisation of the block.
+        # The one synchronisation of a block in which no pair finishes.
         any_done, all_done, any_stretched, any_newton = torch.stack(
             [done.any(), done.all(), stretched.any(), newton.any()]
         ).tolist()

@@ -231,7 +231,8 @@ def _marginal(marginal: torch.Tensor | None, mask: torch.Tensor, dtype: torch.dt
         raise ValueError(
             f"the marginal of pair {pair} must be >= 0 and sum to 1 over its mask, not to {sums[pair].item()}"
         )
-    return marginal
+    # Both sides' sums must agree by more than half-precision marginals have: no plan has two different masses.
+    return marginal / torch.where(sums > 0, sums, 1).unsqueeze(1)
 
 
 def _backend(name: str, problem: TransportProblem) -> Callable[[TransportProblem], TransportResult]:
@@ -240,12 +241,13 @@ def _backend(name: str, problem: TransportProblem) -> Callable[[TransportProblem
     Raises:
         ValueError: if it is not there.
     """
-    on_gpu = problem.cost.device.type == "cuda"
+    device = problem.cost.device
+    on_gpu = device.type == "cuda"
     fits_triton = on_gpu and max(problem.cost.shape[1:]) <= 256 and problem.cost.dtype == torch.float32
     if name == "triton" or (name == "auto" and fits_triton):
-        _add_triton(problem.cost.device)
+        _add_triton(device)
     if name == "auto":
-        preferred = "triton" if fits_triton else "torch" if on_gpu else "compiled"
+        preferred = "triton" if fits_triton else "compiled" if device.type == "cpu" else "torch"
         name = preferred if preferred in BACKENDS else "torch"
     if name not in BACKENDS:
         raise ValueError(
@@ -315,8 +317,9 @@ def product_plan(
     a, b = _marginal(source_marginal, source_mask, clean.dtype), _marginal(target_marginal, target_mask, clean.dtype)
     plan = a.unsqueeze(2) * b.unsqueeze(1)
     half = (plan * clean).sum(dim=(1, 2)).view(-1, 1) / 2
-    f = torch.where(a > 0, (clean @ b.unsqueeze(2)).squeeze(2) - half, 0)
-    g = torch.where(b > 0, (a.unsqueeze(1) @ clean).squeeze(1) - half, 0)
+    with torch.autocast(cost.device.type, enabled=False):
+        f = torch.where(a > 0, (clean @ b.unsqueeze(2)).squeeze(2) - half, 0)
+        g = torch.where(b > 0, (a.unsqueeze(1) @ clean).squeeze(1) - half, 0)
     return _closed_form(cost, clean, plan, f, g, epsilon=torch.inf)
 
 
@@ -329,7 +332,7 @@ def exact_plan(
 ) -> TransportResult:
     """The limit epsilon → 0: the exact plan of each pair by POT's network simplex, on the CPU in float64.
 
-    Arguments and result as for `sinkhorn`.
+    Arguments and result as for `sinkhorn`; a pair that takes more steps than POT allows has not converged.
 
     Raises:
         ImportError: without POT.
@@ -341,16 +344,21 @@ def exact_plan(
     clean = _finite_cost(cost, source_mask, target_mask)
     a, b = _marginal(source_marginal, source_mask, clean.dtype), _marginal(target_marginal, target_mask, clean.dtype)
     plan, f, g = torch.zeros_like(clean), torch.zeros_like(a), torch.zeros_like(b)
+    converged = torch.ones(len(clean), dtype=torch.bool, device=clean.device)
     for index in range(cost.shape[0]):
         rows, columns = a[index].nonzero().squeeze(1), b[index].nonzero().squeeze(1)
         if rows.numel() and columns.numel():
             problem = [clean[index][rows][:, columns], a[index, rows], b[index, columns]]
-            block, weights_a, weights_b = (tensor.double().cpu().numpy() for tensor in problem)
+            block, weights_a, weights_b = (tensor.cpu().double().numpy() for tensor in problem)
             # The simplex wants equal masses to the last bit, which float32 marginals lose.
             solved, log = ot.emd(weights_a / weights_a.sum(), weights_b / weights_b.sum(), block, log=True)
+            converged[index] = log["warning"] is None
             plan[index, rows.unsqueeze(1), columns] = torch.as_tensor(solved).to(plan)
             f[index, rows], g[index, columns] = torch.as_tensor(log["u"]).to(f), torch.as_tensor(log["v"]).to(g)
-    return _closed_form(cost, clean, plan, f, g, epsilon=0.0)
+    result = _closed_form(cost, clean, plan, f, g, epsilon=0.0)
+    result.converged = converged
+    result.marginal_error = (plan.sum(2) - a).abs().sum(1) + (plan.sum(1) - b).abs().sum(1)
+    return result
 
 
 def _closed_form(
@@ -404,8 +412,8 @@ def alignment_loss(
         center: subtract from each side's states their mean over the tokens of the batch first.
 
     Returns:
-        The loss (a scalar, 0 where no pair has tokens on both sides) and the solver's result for the pairs; its `value`
-        is the divergence where `debiased`.
+        The loss (a scalar, 0 where no pair has tokens, with some weight, on both sides) and the solver's result for the
+        pairs; its `value` is the divergence where `debiased`.
 
     Raises:
         ValueError: for an unknown solver or one that does not go with `tau`, and as `sinkhorn`.
@@ -414,6 +422,11 @@ def alignment_loss(
         raise ValueError(f"solver={solver!r} is not allowed: it must be 'sinkhorn', 'exact' or 'product'")
     if tau is not None and solver != "sinkhorn":
         raise ValueError(f"solver={solver!r} has hard marginals only: leave tau out, or use solver='sinkhorn'")
+    # Whatever stands outside the masks, even a NaN, reaches neither a mean nor, times 0, a gradient.
+    source_states, target_states = (
+        torch.where(mask.bool().unsqueeze(-1), states, 0)
+        for states, mask in ((source_states, source_mask), (target_states, target_mask))
+    )
     if center:
         source_states = _centred(source_states, source_mask)
         target_states = _centred(target_states, target_mask)
@@ -426,7 +439,11 @@ def alignment_loss(
         result = sinkhorn(matrix, epsilon, source_mask, target_mask, **marginals, **options)
     else:
         result = closed_forms[solver](matrix, source_mask, target_mask, **marginals)
-    pairs = source_mask.bool().any(1) & target_mask.bool().any(1)
+    source_weights, target_weights = (
+        mask.bool() if marginal is None else mask.bool() & (marginal > 0)
+        for mask, marginal in ((source_mask, source_marginal), (target_mask, target_marginal))
+    )
+    pairs = source_weights.any(1) & target_weights.any(1)
     # Without regularisation a sentence is at distance 0 from itself.
     if debiased and solver != "exact":
         for states, mask, marginal in (

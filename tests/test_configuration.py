@@ -27,6 +27,8 @@ def test_default_fusion_layer_of_a_two_layer_encoder_is_valid(bert_config):
         ("fusion_layer", True),
         ("fusion_layer", "last"),
         ("fusion_gate", "tanh"),
+        ("fusion_gate_bias", None),
+        ("fusion_gate_bias", float("nan")),
         ("fusion_reduction", 0),
         ("fusion_reduction", 33),
         ("fusion_norm", "group"),
@@ -74,6 +76,13 @@ def test_one_layer_has_no_lower_one_to_fuse(bert_config, fusion):
     for layer in (None, 1, "learned"):
         with pytest.raises(ValueError, match=f"fusion='{fusion}' .* 'none' or 'scalar_mix'"):
             XLFAConfig(text_config=bert_config, fusion=fusion, fusion_layer=layer)
+
+
+@pytest.mark.parametrize("field", ["ot_tau", "ot_epsilon_start"])
+@pytest.mark.parametrize("solver", ["exact", "product"])
+def test_limits_of_epsilon_have_neither_a_schedule_nor_soft_marginals(bert_config, field, solver):
+    with pytest.raises(ValueError, match=f"{field}=0.5 is not allowed: it must be None with ot_solver='{solver}'"):
+        XLFAConfig(text_config=bert_config, ot_solver=solver, **{field: 0.5})
 
 
 @pytest.mark.parametrize("fusion", ["dlfa", "aff"])

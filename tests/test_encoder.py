@@ -4,9 +4,12 @@ import pytest
 import torch
 from test_modeling import task_inputs
 from torch import nn
-from transformers import AlbertConfig, AutoModel
+from transformers import AlbertConfig, AutoModel, DebertaV2Config, XLMConfig
 
+from modeling_xlfa import encoder_xlfa
 from modeling_xlfa.encoder_xlfa import encoder_layers, run_layers
+
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99, "num_hidden_layers": 3}
 
 
 @pytest.fixture
@@ -87,6 +90,29 @@ def has_gradient(module: nn.Module) -> bool:
 
 
 def test_an_encoder_that_shares_its_layers_is_refused():
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
     with pytest.raises(ValueError, match="'albert'.*no list of its layers"):
-        encoder_layers(AutoModel.from_config(AlbertConfig(**sizes, num_hidden_layers=3)))
+        encoder_layers(AutoModel.from_config(AlbertConfig(**SIZES)))
+
+
+def test_an_encoder_with_the_parts_of_its_layers_in_several_lists_is_refused():
+    with pytest.raises(ValueError, match="'xlm'.*no list of its layers"):
+        encoder_layers(AutoModel.from_config(XLMConfig(emb_dim=32, n_heads=4, n_layers=3, vocab_size=99, n_words=99)))
+
+
+def test_a_convolution_after_the_first_layer_is_not_left_out():
+    encoder = AutoModel.from_config(DebertaV2Config(**SIZES, conv_kernel_size=3)).eval()
+    states, _ = run_layers(encoder, task_inputs(), [1])
+    with pytest.raises(ValueError, match="convolution .* layer 1"):
+        run_layers(encoder, task_inputs(), [], first=1, states=states[1])
+
+
+def test_layers_are_not_computed_again_without_their_hooks(bert_config, monkeypatch):
+    """As older transformers do under gradient checkpointing; this one runs hooks outside."""
+    encoder = AutoModel.from_config(bert_config).train()
+    encoder.gradient_checkpointing_enable()
+    run_layers(encoder, task_inputs(), [2], last=2)
+    monkeypatch.setattr(encoder_xlfa, "HOOKS_ARE_CHECKPOINTED", True)
+    run_layers(encoder, task_inputs(), [2])
+    run_layers(encoder.eval(), task_inputs(), [2], last=2)
+    with pytest.raises(ValueError, match="gradient checkpointing .* newer transformers"):
+        run_layers(encoder.train(), task_inputs(), [2], last=2)

@@ -215,6 +215,23 @@ def test_initial_state_is_as_documented(states, mask, fusion, mixed_layers):
     torch.testing.assert_close(module(given, last, mask), expected)
 
 
+@pytest.mark.parametrize("fusion", ["dlfa", "aff"])
+def test_a_gate_bias_starts_where_the_config_says_and_is_trained(bert_config, tmp_path, fusion):
+    lower, last = torch.randn(2, 3, 5, bert_config.hidden_size)
+    mask = torch.ones(3, 5)
+    fields = {"text_config": bert_config, "fusion": fusion, "fusion_norm": "layer"}
+    for start in (-20.0, 0.5):
+        XLFAModel(XLFAConfig(**fields, fusion_gate_bias=start)).save_pretrained(tmp_path)
+        model = XLFAModel.from_pretrained(tmp_path)
+        bias = model.fusion.aif.gate_bias
+        assert bias.tolist() == [start] * bert_config.hidden_size
+        fused = model.fusion(lower, last, mask)
+        assert torch.allclose(fused, last, atol=1e-5) is (start == -20)
+    fused.square().sum().backward()
+    assert bias.grad.abs().sum() > 0
+    assert not any("gate_bias" in name for name in XLFAModel(XLFAConfig(**fields)).state_dict())
+
+
 @pytest.mark.parametrize(("norm", "deviation"), [("batch", 0.26), ("layer", 0.26), ("none", 0.02)])
 def test_the_gate_starts_scattered_around_one_half(norm, deviation):
     """As in `docs/fusion.md`: E = 384, standard normal states, transformers' initialisation."""

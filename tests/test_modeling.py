@@ -203,6 +203,35 @@ def test_one_side_of_the_pairs_alone_is_an_error(bert_config):
         XLFAModel(XLFAConfig(text_config=bert_config))(**inputs)
 
 
+def test_different_numbers_of_sentences_are_an_error(bert_config):
+    inputs = pair_inputs()
+    inputs |= {name: value[:2] for name, value in inputs.items() if name.startswith("target")}
+    with pytest.raises(ValueError, match="source_input_ids has 3 sentences and target_input_ids 2"):
+        XLFAModel(XLFAConfig(text_config=bert_config))(**inputs)
+
+
+@torch.no_grad()
+def test_the_encoder_s_output_has_its_fields_as_keys_too(bert_config):
+    model = XLFAModel(XLFAConfig(text_config=bert_config)).eval()
+    output = model(**task_inputs(), **pair_inputs())
+    assert list(output) == ["last_hidden_state", "ot_loss", "ot_statistics"]
+    assert output[0] is output["last_hidden_state"] is output.last_hidden_state is output.to_tuple()[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_labels": 1}, "num_labels=1 is not allowed: .* at least 2"),
+        ({"problem_type": "multi_label_classification"}, "problem_type='multi_label_classification' is not allowed"),
+    ],
+)
+@pytest.mark.parametrize("head", [XLFAForSequenceClassification, XLFAForTokenClassification])
+def test_what_the_classifiers_cannot_do_is_refused(bert_config, head, fields, words):
+    with pytest.raises(ValueError, match=words):
+        head(XLFAConfig(text_config=bert_config, **fields))
+    head(XLFAConfig(text_config=bert_config, problem_type="single_label_classification"))
+
+
 def test_padding_changes_no_logit_and_no_alignment_loss(encoder_config, fusion_fields):
     model = XLFAForSequenceClassification(
         XLFAConfig(text_config=encoder_config, classifier_pooling="mean", ot_weight=1.0, **fusion_fields)
@@ -223,7 +252,9 @@ def test_special_tokens_are_not_aligned(bert_config):
     changed = {name: value.clone() for name, value in inputs.items()}
     for side in ("source", "target"):
         changed[f"{side}_input_ids"][:, 0] = 50
-    assert torch.equal(model(**inputs).ot_loss, model(**changed).ot_loss)
+    as_booleans = {name: value.bool() if "special" in name else value for name, value in inputs.items()}
+    losses = [model(**given).ot_loss for given in (inputs, changed, as_booleans)]
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
 
 
 @pytest.mark.parametrize("ot_layer", ["fused", 0, 2, 4])

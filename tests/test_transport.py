@@ -58,8 +58,9 @@ def test_scales_equal_a_direct_computation():
             assert found.item() == pytest.approx(value.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(("cost", "center"), [("cosine", False), ("cosine", True), ("sqeuclidean", False)])
 @pytest.mark.parametrize("epsilon", [0.01, 0.3])
-def test_padding_changes_nothing(epsilon):
+def test_padding_changes_nothing(epsilon, cost, center):
     lengths = [(8, 21), (12, 5)]
     plain = padded_batch(lengths)
     source, source_mask, target, target_mask = padded_batch(lengths, pad_value=float("nan"))
@@ -69,10 +70,67 @@ def test_padding_changes_nothing(epsilon):
         target,
         target_mask,
     ]
-    loss, result = alignment_loss(plain[0], plain[2], plain[1], plain[3], epsilon=epsilon)
-    padded_loss, padded = alignment_loss(grown[0], grown[2], grown[1], grown[3], epsilon=epsilon)
+    options = {"epsilon": epsilon, "cost": cost, "center": center}
+    loss, result = alignment_loss(plain[0].requires_grad_(), plain[2], plain[1], plain[3], **options)
+    padded_loss, padded = alignment_loss(grown[0].requires_grad_(), grown[2], grown[1], grown[3], **options)
     assert padded_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(padded.plan_entropy, result.plan_entropy, rtol=1e-3, atol=1e-4)
+    loss.backward()
+    padded_loss.backward()
+    length = plain[0].shape[1]
+    torch.testing.assert_close(grown[0].grad[:, :length], plain[0].grad, rtol=1e-2, atol=1e-5)
+    assert not grown[0].grad[:, length:].any()
+
+
+def test_a_sentence_without_weight_counts_for_nothing():
+    source, source_mask, target, target_mask = padded_batch([(4, 6), (5, 3)])
+    marginals = {"source_marginal": torch.ones(2, 5) / 4 * source_mask, "target_marginal": target_mask / 6}
+    marginals["source_marginal"][1] = 0
+    marginals["target_marginal"][1] *= 2
+    for options in ({}, {"debiased": True}, {"debiased": True, "solver": "product"}):
+        target.grad = None
+        loss, result = alignment_loss(source, target.requires_grad_(), source_mask, target_mask, **marginals, **options)
+        alone, _ = alignment_loss(
+            *(source[:1, :4], target[:1], source_mask[:1, :4], target_mask[:1]),
+            **{
+                "source_marginal": marginals["source_marginal"][:1, :4],
+                "target_marginal": marginals["target_marginal"][:1],
+            },
+            **options,
+        )
+        assert result.value[1] == 0
+        assert loss.item() == pytest.approx(alone.item(), rel=1e-4)
+        loss.backward()
+        assert not target.grad[1].any()
+
+
+def test_marginals_in_half_precision_are_met():
+    """Sums of float16 thirds and quarters differ by more than `tol`: no plan has both."""
+    mask = torch.ones(1, 3), torch.ones(1, 4)
+    marginals = [torch.full(side.shape, 1 / side.shape[1], dtype=torch.float16) for side in mask]
+    result = sinkhorn(
+        torch.rand(1, 3, 4), 0.1, *mask, tol=1e-5, source_marginal=marginals[0], target_marginal=marginals[1]
+    )
+    assert result.converged.all() and result.iterations.max() < 500
+
+
+def test_an_exact_plan_that_is_cut_off_has_not_converged(monkeypatch):
+    solve = ot.emd
+    monkeypatch.setattr(ot, "emd", lambda *problem, log: solve(*problem, log=log, numItermax=1))
+    mask = torch.ones(2, 6), torch.ones(2, 7)
+    with pytest.warns(UserWarning, match="numItermax"):
+        result = exact_plan(torch.rand(2, 6, 7), *mask)
+    assert not result.converged.any() and result.marginal_error.shape == (2,)
+    monkeypatch.undo()
+    result = exact_plan(torch.rand(2, 6, 7), *mask)
+    assert result.converged.all() and result.marginal_error.max() < 1e-5
+
+
+def test_auto_solves_with_torch_on_devices_that_no_other_back_end_knows(monkeypatch):
+    monkeypatch.setattr(transport_xlfa, "BACKENDS", {"torch": "torch", "compiled": "compiled"})
+    for device, expected in (("cpu", "compiled"), ("meta", "torch")):
+        problem = types.SimpleNamespace(cost=torch.empty(1, 3, 4, device=device))
+        assert transport_xlfa._backend("auto", problem) == expected
 
 
 def test_a_pair_alone_equals_the_pair_in_a_batch():

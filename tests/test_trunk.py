@@ -72,6 +72,16 @@ def test_a_loaded_model_freezes_what_its_config_says(model, tmp_path):
     assert all(weight.requires_grad for weight in free.parameters())
 
 
+def test_what_somebody_froze_above_the_trunk_stays_frozen(model):
+    name, weight = encoder_weights(model)[-1]
+    weight.requires_grad_(False)
+    before = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    for mode in (True, False, True):
+        model.train(mode)
+        assert {name: weight.requires_grad for name, weight in model.named_parameters()} == before
+    assert not before[name] and any(before.values())
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

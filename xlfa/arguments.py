@@ -40,6 +40,9 @@ class ModelArguments:
     )
     fusion_layer: str | None = option("Lower layer, 1..N-1 (default: at two thirds of the depth), or learned.")
     fusion_gate: str | None = choice("fusion_gate", "Of dlfa. literal: as published; sigmoid: a gate in (0, 1).")
+    fusion_gate_bias: float | None = option(
+        "Of dlfa and aff: where a trained bias of the gate starts, such as -6 for the plain last layer; 0: none."
+    )
     fusion_reduction: int | None = option("Bottleneck of the gate: hidden size / r channels (4).")
     fusion_norm: str | None = choice("fusion_norm", "Normalisation inside the gate; batch as published.")
     fusion_layer_norm: bool | None = option("A LayerNorm on each fused layer.")

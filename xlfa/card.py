@@ -303,6 +303,8 @@ def describe_fusion(config: XLFAConfig) -> str:
         return "a learned mix of all layers (scalar mix)"
     layer = "a learned mix of the lower layers" if config.fusion_layer == "learned" else f"layer {config.fusion_layer}"
     gate = f"{config.fusion_gate} gate, {config.fusion_norm} norm" if config.fusion == "dlfa" else "AFF"
+    if config.fusion_gate_bias:
+        gate += f", gate bias from {config.fusion_gate_bias:g}"
     return f"{layer} fused with the last one by {config.fusion.upper()} ({gate})"
 
 

@@ -119,7 +119,10 @@ def test_outputs_are_those_of_the_version_that_saved(saved):
 def test_automodel_is_the_encoder_with_fusion(saved):
     model = saved.load(AutoModel)
     assert type(model).__name__ == "XLFAModel"
-    assert_same(model(**saved.task()).last_hidden_state, saved.outputs["last_hidden_state"])
+    output = model(**saved.task())
+    # Fields are keys too.
+    for found in (output.last_hidden_state, output["last_hidden_state"], output[0], output.to_tuple()[0]):
+        assert_same(found, saved.outputs["last_hidden_state"])
     assert_same(model(**saved.pairs()).ot_loss, saved.outputs["ot_loss"])
 
 

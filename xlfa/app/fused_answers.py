@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_xlfa import XLFAForQuestionAnswering
 from modeling_xlfa.fusion_xlfa import ScalarMix
-from modeling_xlfa.modeling_xlfa import XLFAQuestionAnsweringOutput
+from modeling_xlfa.outputs_xlfa import XLFAQuestionAnsweringOutput
 from xlfa.answering import TASK
 from xlfa.arguments import InferenceArguments
 from xlfa.evaluation import input_lengths
