@@ -193,6 +193,18 @@ def test_the_text_says_how_the_model_came_about(trained, tiny_encoder):
     assert all(path not in card for path in (tiny_encoder, str(SAMPLE_ROOT), str(trained.folder)))
 
 
+def test_the_command_is_that_of_as_many_processes(trained):
+    environment = {"accelerators": ["NVIDIA H100"] * 2, "processes": 8}
+    run = {**trained.run, "sittings": [{**trained.run["sittings"][-1], "environment": environment}]}
+    others = {"use_cpu": False, "early_stopping_patience": 3, "lr_scheduler_kwargs": "{'min_lr_rate': 0.1}"}
+    run["training_arguments"] = {**run["training_arguments"], **others}
+    several = TrainedRun(trained.folder, trained.config, run, trained.scores)
+    command = training_command(several)
+    assert command.startswith("accelerate launch --num_processes 8 train_xlfa.py --model ENCODER")
+    assert "--early_stopping_patience 3" in command and """--lr_scheduler_kwargs '{"min_lr_rate": 0.1}'""" in command
+    assert "| machine | NVIDIA H100, 8 processes |" in card_of(several)
+
+
 def test_limits_follow_from_the_run(trained):
     packaged = change(
         trained,

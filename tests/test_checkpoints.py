@@ -270,6 +270,11 @@ def test_a_run_that_is_resumed_after_its_last_step_takes_no_further_one(tiny_enc
         (["--per_device_train_batch_size", "2"], "it was trained with examples_a_step=4, not 2"),
         ([*BEST, "--early_stopping_patience", "2"], "it was trained with early_stopping_patience=None, not 2"),
         (["--train_sampling_strategy", "sequential"], "train_sampling_strategy='random', not 'sequential'"),
+        (["--freeze_word_embeddings", "true"], "it was trained with freeze_word_embeddings=False, not True"),
+        (
+            ["--encoder_config", '{"attention_probs_dropout_prob": 0.2}'],
+            "its encoder has attention_probs_dropout_prob=0.1, this one 0.2",
+        ),
     ],
 )
 def test_a_changed_run_is_not_gone_on_with(tiny_encoder, unbroken, tmp_path, flags, message):
@@ -278,6 +283,19 @@ def test_a_changed_run_is_not_gone_on_with(tiny_encoder, unbroken, tmp_path, fla
         train(tiny_encoder, tmp_path / "run", "--resume_from_checkpoint", checkpoint, *flags)
     assert message in str(error.value) and f"--resume_from_checkpoint {checkpoint}: " in str(error.value)
     assert not (tmp_path / "run" / RUN_FILE).exists()
+
+
+def test_a_run_goes_on_with_the_rate_that_is_given_now(tiny_encoder, unbroken, tmp_path, caplog):
+    """The optimizer's state has the rate and the penalty of the run that was interrupted."""
+    rate = json.loads((unbroken / RUN_FILE).read_text())["training_arguments"]["learning_rate"]
+    flags = ["--learning_rate", str(rate / 10), "--weight_decay", "0.5", "--save_steps", "4"]
+    train(tiny_encoder, tmp_path, "--resume_from_checkpoint", str(unbroken / "checkpoint-2"), *flags)
+    assert f"--learning_rate {rate / 10:g} instead of {rate:g}" in caplog.text
+    state = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    assert {group["weight_decay"] for group in state["param_groups"]} == {0.0, 0.5}
+    assert {group["initial_lr"] for group in state["param_groups"]} == {rate / 10}
+    # Linear decay, after four of five steps.
+    assert [group["lr"] for group in state["param_groups"]] == pytest.approx([rate / 10 / 5] * 2)
 
 
 def test_the_same_examples_a_step_may_be_cut_otherwise(tiny_encoder, unbroken, tmp_path):

@@ -198,6 +198,15 @@ def test_an_unreachable_hub_names_the_data_set_and_the_remedy(monkeypatch):
         load_rows("no-such-org/no-such-set", None, "train")
 
 
+def test_a_data_set_that_is_a_script_names_the_remedy(monkeypatch):
+    def refuse(*arguments, **options):
+        raise RuntimeError("Dataset scripts are no longer supported, but found mlqa.py")
+
+    monkeypatch.setattr("xlfa.data.load_dataset", refuse)
+    with pytest.raises(XLFAError, match="'facebook/mlqa' is a script.*--data_root"):
+        load_rows("facebook/mlqa", None, "test")
+
+
 @pytest.mark.parametrize("max_examples", [3, 4, 20, 59])
 def test_a_sample_holds_whole_clusters_and_at_most_that_many_examples(max_examples):
     chosen = sample_clusters(PREMISES, max_examples, seed=0)

@@ -1,11 +1,14 @@
 """Rows are tokenised once for each tokenizer and limit, and what changes the result changes the key."""
 
 import dataclasses
+import math
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
-from xlfa.encoding import encode_rows, task_digest, tokenizer_digest
+from modeling_xlfa import XLFAConfig, XLFAModel
+from xlfa.encoding import check_length, encode_rows, longest_input, task_digest, tokenizer_digest
 from xlfa.errors import XLFAError
 from xlfa.tasks import get_task
 from xlfa.tasks.sequence_classification import SequenceClassificationTask
@@ -48,6 +51,21 @@ def test_the_key_of_a_tokenizer_does_not_change_with_its_calls(tiny_encoder, tok
     tokenizer("some text", truncation=True, max_length=3)
     tokenizer_digest.cache_clear()
     assert tokenizer_digest(tokenizer) == before == tokenizer_digest(AutoTokenizer.from_pretrained(tiny_encoder))
+
+
+@pytest.mark.parametrize(
+    ("encoder_config", "limit"),
+    [("bert", 512), ("xlm-roberta", 510), ("distilbert", 512), ("modernbert", math.inf), ("eurobert", math.inf)],
+    indirect=["encoder_config"],
+)
+def test_the_longest_input_is_what_positions_were_learned_for(encoder_config, limit):
+    model = XLFAModel(XLFAConfig(text_config=encoder_config, fusion="none"))
+    assert longest_input(model) == limit
+    check_length("max_length", 510, model)
+    if limit < math.inf:
+        model(input_ids=torch.full((1, limit), 5))
+        with pytest.raises(XLFAError, match=f"--max_length {limit + 1}: the encoder has positions for {limit} tokens"):
+            check_length("max_length", limit + 1, model)
 
 
 def test_another_vocabulary_is_another_tokenizer(tiny_encoder, tokenizer):

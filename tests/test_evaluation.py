@@ -10,11 +10,12 @@ import torch
 from transformers import AutoTokenizer
 
 from modeling_xlfa import XLFAForQuestionAnswering, XLFAForSequenceClassification
+from xlfa.data import SAMPLE_ROOT
 from xlfa.errors import XLFAError
-from xlfa.evaluation import main
+from xlfa.evaluation import EvaluationArguments, main, output_folder
 from xlfa.inference import InferenceOptions
 from xlfa.prediction import predict
-from xlfa.resuming import model_origin
+from xlfa.resuming import model_origin, writing_alone
 from xlfa.scores import SCORES_SCHEMA
 from xlfa.tasks import get_task
 
@@ -144,6 +145,40 @@ def test_a_model_that_was_trained_again_is_another_one(models, tmp_path, predict
     os.utime(model / "model.safetensors", (1, 1))
     score({"xnli": str(model)}, "xnli", tmp_path / "out", "--languages", "ar", "de")
     assert predicted == ["ar", "de"]
+
+
+def test_labels_that_changed_are_read_anew(models, tmp_path, predicted):
+    data = tmp_path / "data" / "facebook" / "xnli"
+    shutil.copytree(SAMPLE_ROOT / "facebook" / "xnli", data)
+    root = ["--data_root", str(tmp_path / "data")]
+    predicted.append("stop")
+    with pytest.raises(KeyboardInterrupt):
+        score(models, "xnli", tmp_path / "out", "--languages", "de", "en", *root)
+    predicted.clear()
+    path = next(path for path in data.rglob("*") if path.is_file() and "de" in path.relative_to(data).as_posix())
+    os.utime(path, (1, 1))
+    score(models, "xnli", tmp_path / "out", "--languages", "de", "en", *root)
+    assert predicted == ["de", "en"]
+
+
+def test_finished_scores_of_more_languages_are_not_lost(models, tmp_path):
+    score(models, "xnli", tmp_path, "--languages", "de", "en")
+    before = (tmp_path / "scores.json").read_bytes()
+    with pytest.raises(XLFAError, match=f"{tmp_path} has finished scores of de too.*--output_dir"):
+        score(models, "xnli", tmp_path, "--languages", "en")
+    assert (tmp_path / "scores.json").read_bytes() == before and (tmp_path / "predictions" / "de.jsonl").exists()
+    score(models, "xnli", tmp_path, "--languages", "de", "en", "fr")
+
+
+def test_two_runs_do_not_write_to_one_folder(models, tmp_path):
+    with writing_alone(tmp_path), pytest.raises(XLFAError, match=f"another run is scoring into {tmp_path}"):
+        score(models, "xnli", tmp_path, "--languages", "en")
+    score(models, "xnli", tmp_path, "--languages", "en")
+
+
+def test_the_default_folder_of_a_model_of_the_hub_has_its_whole_name():
+    arguments = [EvaluationArguments(task="xnli", model=f"{org}/no-such-model") for org in ("a", "b")]
+    assert [str(output_folder(own)) for own in arguments] == [f"{org}--no-such-model/scores/xnli" for org in ("a", "b")]
 
 
 def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):

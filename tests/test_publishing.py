@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub.loopback_hub import Fault, LoopbackHub
+from safetensors.torch import load_file, save_file
 
 import modeling_xlfa
 from modeling_xlfa.configuration_xlfa import AUTO_MAP
@@ -334,6 +335,7 @@ def test_a_pickle_under_the_name_of_safetensors(copy):
     [
         (lambda scores: scores["model"].update(ot_epsilon=0.7), "of another model: .*ot_epsilon=0.7, this one has 0.1"),
         (lambda scores: scores["model"].update(encoder="xlm-roberta"), "of another model: .*encoder='xlm-roberta'"),
+        (lambda scores: scores["model"].update(weights="0" * 64), "of another model: .*weights='0000"),
         (lambda scores: scores.update(schema_version=2), "schema_version 2, not 3: score the model again"),
         (lambda scores: scores.update(task="xquad"), "the folder must have the name of a known task"),
         (lambda scores: scores.pop("intervals"), "is no scores.json as `xlfa eval` writes it"),
@@ -343,6 +345,13 @@ def test_a_pickle_under_the_name_of_safetensors(copy):
 def test_scores_that_do_not_belong_to_the_model(copy, change, message):
     edit(copy / "scores" / "xnli" / "scores.json", change)
     with pytest.raises(XLFAError, match=message):
+        read_run(copy)
+
+
+def test_scores_of_weights_that_were_trained_on(copy):
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: weight + 1 for name, weight in weights.items()}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(XLFAError, match="of another model: it was scored with weights="):
         read_run(copy)
 
 

@@ -16,6 +16,7 @@ from xlfa.scores import (
     SCORES_SCHEMA,
     build_scores,
     format_table,
+    read_predictions,
     summarise,
     write_predictions,
     write_scores,
@@ -218,6 +219,12 @@ def test_predictions_are_a_json_object_a_line_in_their_own_script(tmp_path):
     assert json.loads(lines[0]) == {"id": "1", "prediction": "ตลาด\nปลา", "label": ["ปลา"], "score": 0.5}
     assert len(lines) == 2
     assert "ตลาด" in lines[0]
+
+
+def test_separators_that_end_no_line_stay_in_a_prediction(tmp_path):
+    rows = [Prediction("1", "a\u2028b\u2029c\x85d", ["e\x0bf"], 0.5), Prediction("2", "", ["x"], 0.25)]
+    write_predictions(tmp_path / "de.jsonl", rows)
+    assert read_predictions(tmp_path / "de.jsonl") == rows
 
 
 def test_a_failing_write_leaves_the_old_file_and_no_temporary_one(tmp_path):

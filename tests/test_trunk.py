@@ -185,8 +185,20 @@ def test_a_layer_that_is_not_stored_is_an_error(model, filled, tokenizer):
 
 
 def test_a_model_without_frozen_layers_has_no_trunk(bert_config, tokenizer, tmp_path):
-    with pytest.raises(XLFAError, match="needs --freeze_layers"):
+    with pytest.raises(XLFAError, match="this model has none: train it with --freeze_layers"):
         TrunkCache(XLFAModel(XLFAConfig(text_config=bert_config)), tokenizer, OPTIONS, tmp_path)
+
+
+def test_a_process_without_an_example_gets_zeros(filled):
+    inputs = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.zeros(1, 2, dtype=torch.long)}
+    assert all(not states.any() for states in filled(inputs).values())
+
+
+def test_machines_that_do_not_share_the_folder_are_told(model, tokenizer, tmp_path, monkeypatch):
+    cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
+    monkeypatch.setattr("xlfa.trunk.gather_object", lambda own: [*own, "of another machine"])
+    with pytest.raises(XLFAError, match="XLFA_CACHE must be a folder that all of them share"):
+        cache.fill(sequences(tokenizer), "texts")
 
 
 def test_a_damaged_file_is_named(filled, model, tokenizer, tmp_path):
@@ -310,5 +322,5 @@ def test_scoring_a_model_without_frozen_layers_from_a_cache_is_refused(bert_conf
     model = XLFAForSequenceClassification.from_encoder(tiny_encoder, num_labels=3)
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path)
-    with pytest.raises(XLFAError, match="--cache_trunk .* needs --freeze_layers"):
+    with pytest.raises(XLFAError, match="--cache_trunk .* this model has none"):
         evaluate(["--task", "xnli", "--data_root", "sample", "--model", str(tmp_path), "--cache_trunk", "true"])

@@ -89,7 +89,7 @@ def answer_rows(
     arguments: AnsweringArguments,
 ) -> Iterator[tuple[dict[str, Any], Answer]]:
     """Each row, with its `question` and `context`, and its answer, in order; `CHUNK` rows are in memory at a time."""
-    max_length, doc_stride = input_lengths(arguments.max_length, arguments.doc_stride, model.config, TASK)
+    max_length, doc_stride = input_lengths(arguments.max_length, arguments.doc_stride, model, TASK)
     options = InferenceOptions.of(arguments, model.device)
     rows = iter(rows)
     with tqdm(desc="questions", disable=arguments.input is None) as bar:

@@ -28,6 +28,12 @@ def option(help: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def check_positive(name: str, value: int | None) -> None:
+    """Raise `ValueError` for a number, where one was given, below 1."""
+    if value is not None and value < 1:
+        raise ValueError(f"--{name} {value}: at least 1")
+
+
 @dataclass
 class ModelArguments:
     """The encoder and every field of `XLFAConfig`; a field that is not given has the config's default."""
@@ -109,9 +115,7 @@ class ModelArguments:
         if given and self.peft is None:
             raise ValueError(f"--{given[0]} applies only with --peft lora")
         for name in ("lora_r", "lora_alpha"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value}: at least 1")
+            check_positive(name, getattr(self, name))
         if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout {self.lora_dropout}: a number in [0, 1)")
 
@@ -154,6 +158,10 @@ class DataArguments:
         "JSON object {piece: weight} for --ot_marginals idf; by default counted on the parallel text."
     )
 
+    def __post_init__(self):
+        for name in ("max_train_examples", "max_eval_examples", "parallel_pairs_per_language", "parallel_max_length"):
+            check_positive(name, getattr(self, name))
+
 
 @dataclass(kw_only=True)
 class InferenceArguments:
@@ -165,8 +173,7 @@ class InferenceArguments:
     bf16: bool | None = option("Matrix products in bfloat16; by default where the machine has them in hardware.")
 
     def __post_init__(self):
-        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
-            raise ValueError(f"--max_tokens_per_batch {self.max_tokens_per_batch}: at least 1")
+        check_positive("max_tokens_per_batch", self.max_tokens_per_batch)
 
 
 @dataclass
@@ -199,12 +206,19 @@ class XLFATrainingArguments(TrainingArguments):
         # transformers refuses --bf16 on a machine without an accelerator unless it is told that there is none.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
-        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
-            raise ValueError(f"--max_tokens_per_batch {self.max_tokens_per_batch}: at least 1")
-        if self.ot_gradient_steps is not None and self.ot_gradient_steps < 1:
-            raise ValueError(f"--ot_gradient_steps {self.ot_gradient_steps}: at least 1")
+        for name in ("max_tokens_per_batch", "ot_gradient_steps"):
+            check_positive(name, getattr(self, name))
         if self.label_smoothing_factor:
             raise ValueError("--label_smoothing_factor does not apply: the heads compute their own losses")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "--auto_find_batch_size does not apply: --max_tokens_per_batch bounds the memory, whatever the batch"
+            )
+        for name in ("bf16_full_eval", "fp16_full_eval", "prediction_loss_only", "batch_eval_metrics"):
+            if getattr(self, name):
+                raise ValueError(f"--{name} does not apply: validation is scored as every language is")
+        if self.eval_accumulation_steps is not None:
+            raise ValueError("--eval_accumulation_steps does not apply: validation is scored as every language is")
         if self.logging_nan_inf_filter:
             raise ValueError("--logging_nan_inf_filter does not apply: a loss that is not finite ends the training")
         if self.hub_token is not None:

@@ -4,6 +4,7 @@ A card is a function of the run folder, the repo's name and the revision: no dat
 from the run folder are escaped, and local paths are replaced by words such as DATA_ROOT.
 """
 
+import ast
 import html
 import json
 import os
@@ -74,6 +75,7 @@ RECIPE = (
     *("lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "train_sampling_strategy", "seed", "data_seed"),
     *("load_best_model_at_end", "metric_for_best_model", "eval_strategy", "save_strategy"),
+    *("early_stopping_patience", "early_stopping_threshold", "dataloader_drop_last", "lr_scheduler_kwargs"),
 )
 # transformers' and XLFA's defaults, as run.json records them.
 RECIPE_DEFAULTS = {
@@ -81,7 +83,8 @@ RECIPE_DEFAULTS = {
     **{"optim": "adamw_torch_fused", "weight_decay": 0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8},
     **{"max_grad_norm": 1, "label_smoothing_factor": 0, "bf16": False, "fp16": False},
     **{"train_sampling_strategy": "random", "load_best_model_at_end": False},
-    **{"eval_strategy": "epoch", "save_strategy": "epoch"},
+    **{"eval_strategy": "epoch", "save_strategy": "epoch", "early_stopping_threshold": 0},
+    **{"dataloader_drop_last": False, "lr_scheduler_kwargs": {}},
 }
 LINE_WIDTH = 100
 
@@ -382,7 +385,9 @@ def describe_machine(run: dict[str, Any]) -> str:
     """The kind of machine, as far as run.json has it."""
     if run["training_arguments"].get("use_cpu") is True:
         return f"CPU, {run.get('threads', 'an unknown number of')} threads"
-    return "an accelerator of a kind that was not recorded"
+    environment = run["sittings"][-1]["environment"]
+    kinds = " and ".join(dict.fromkeys(environment["accelerators"])) or "accelerators of a kind that was not recorded"
+    return f"{kinds}, {environment['processes']} {'process' if environment['processes'] == 1 else 'processes'}"
 
 
 def describe_limits(trained: TrainedRun) -> Iterator[str]:
@@ -437,7 +442,9 @@ def training_command(trained: TrainedRun) -> str:
         data["data_root"] = Placeholder("DATA_ROOT")
     flags = [*given_flags(ModelArguments, model), *given_flags(DataArguments, data)]
     flags += [*recipe_flags(run["training_arguments"]), "--output_dir RUN_DIR"]
-    lines = ["xlfa train"]
+    processes = run["sittings"][-1]["environment"]["processes"]
+    # The batch of a step is that of all processes.
+    lines = ["xlfa train" if processes == 1 else f"accelerate launch --num_processes {processes} train_xlfa.py"]
     for flag in flags:
         if len(lines[-1]) + len(flag) >= LINE_WIDTH:
             lines[-1] += " \\"
@@ -462,6 +469,9 @@ def recipe_flags(arguments: dict[str, Any]) -> Iterator[str]:
     """The flags of the training arguments that matter for the result and differ from their defaults."""
     for name in RECIPE:
         value = arguments.get(name)
+        if name == "lr_scheduler_kwargs" and value is not None:
+            # run.json has a mapping as Python prints it.
+            value = ast.literal_eval(value)
         # run.json has "None" for an option that was left open.
         left_open = value in (None, "None", RECIPE_DEFAULTS.get(name))
         if not left_open and not (name == "num_train_epochs" and arguments.get("max_steps", -1) > 0):
@@ -480,4 +490,4 @@ def format_value(name: str, value: Any) -> str:
         return value
     if isinstance(value, str):
         return name.upper() if looks_local(value) else shlex.quote(" ".join(value.split()))
-    return json.dumps(value)
+    return shlex.quote(json.dumps(value))

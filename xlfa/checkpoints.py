@@ -40,6 +40,8 @@ ROWS_A_BLOCK = 10_000
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch's writer says no more than that it failed, and where.
 TORCH_WRITER = ("inline_container", "iostream error", "PytorchStreamWriter")
+# Fields of an encoder's config that change nothing in it.
+OTHER_ENCODER_FIELDS = {"_name_or_path", "dtype", "transformers_version"}
 ANOTHER_RUN = "or start a new run in another --output_dir"
 
 
@@ -304,10 +306,11 @@ def check_same_model(checkpoint: str, config: XLFAConfig) -> None:
                 f"--resume_from_checkpoint {checkpoint}: it was trained with {name}={theirs[name]!r}, not "
                 f"{ours[name]!r}: give the settings of that run, {ANOTHER_RUN}"
             )
-    for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
-        ours_value, theirs_value = (getattr(each.text_config, name) for each in (config, trained))
-        if ours_value != theirs_value:
+    # As JSON, which the checkpoint's has gone through.
+    ours, theirs = (json.loads(json.dumps(each.text_config.to_dict(), default=str)) for each in (config, trained))
+    for name in sorted({*ours, *theirs} - OTHER_ENCODER_FIELDS):
+        if ours.get(name) != theirs.get(name):
             raise XLFAError(
-                f"--resume_from_checkpoint {checkpoint}: its encoder has {name}={theirs_value!r}, this one "
-                f"{ours_value!r}"
+                f"--resume_from_checkpoint {checkpoint}: its encoder has {name}={theirs.get(name)!r}, this one "
+                f"{ours.get(name)!r}: give the --model and --encoder_config of that run, {ANOTHER_RUN}"
             )

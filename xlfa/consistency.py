@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding
 from transformers.utils import ModelOutput
 
-from xlfa.arguments import InferenceArguments, option, parse_arguments
+from xlfa.arguments import InferenceArguments, check_positive, option, parse_arguments
 from xlfa.backbones import resolve_encoder
 from xlfa.data import load_rows
 from xlfa.environment import describe_threads, versions
@@ -73,6 +73,10 @@ class ConsistencyArguments(InferenceArguments):
     output_dir: str | None = option(f"Where to write {RANKC_FILE}; by default <model>/scores/rankc.")
     max_examples: int | None = option("A seeded sample of that many queries, the same in every language.")
     seed: int = option("Of that sample.", 0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive("max_examples", self.max_examples)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -71,6 +71,13 @@ def load_rows(
         raise XLFAError(
             f"the data set {dataset!r} cannot be reached ({error}): name a local mirror with --data_root"
         ) from None
+    except RuntimeError as error:
+        if "Dataset scripts are no longer supported" not in str(error):
+            raise
+        raise XLFAError(
+            f"the data set {dataset!r} is a script, which datasets no longer runs: name a local mirror of its data "
+            "with --data_root"
+        ) from None
     except StopIteration:
         # What datasets raises for a JSON file without a line.
         raise XLFAError(f"{place} is empty: there is nothing to train on or score") from None
@@ -105,6 +112,11 @@ def folder_cache(folder: Path) -> str:
         status = path.stat()
         digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return str(Path(HF_DATASETS_CACHE) / "xlfa" / digest.hexdigest()[:16])
+
+
+def data_state(dataset: str, data_root: str | None) -> str | None:
+    """What tells a local data set from the same one after its files changed; None for one on the Hub."""
+    return None if data_root is None else Path(folder_cache(Path(dataset_location(dataset, data_root)))).name
 
 
 def load_first_split(
@@ -157,13 +169,14 @@ def connected_groups(columns: list[list[str]]) -> list[str]:
     return [root(value) for value in columns[0]]
 
 
-def sample_clusters(clusters: list[str], max_examples: int | None, seed: int) -> list[int]:
+def sample_clusters(clusters: list[str], max_examples: int | None, seed: int, flag: str = "max_examples") -> list[int]:
     """Positions of a seeded sample of whole clusters, in their order, at most `max_examples` of them.
 
     Args:
         clusters: the cluster of each example (a premise, a paragraph).
         max_examples: None for all.
         seed: of the draw of clusters.
+        flag: that `max_examples` was given by, for the error.
 
     Raises:
         XLFAError: if not even the first drawn cluster fits.
@@ -180,7 +193,7 @@ def sample_clusters(clusters: list[str], max_examples: int | None, seed: int) ->
             break
         chosen += members[names[index]]
     if not chosen:
-        raise XLFAError(f"--max_examples {max_examples} is smaller than one cluster of examples that belong together")
+        raise XLFAError(f"--{flag} {max_examples} is smaller than one cluster of examples that belong together")
     return sorted(chosen)
 
 

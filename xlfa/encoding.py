@@ -4,11 +4,13 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from xlfa.errors import XLFAError
@@ -35,6 +37,27 @@ def encode_rows(
         new_fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32],
         desc="tokenising",
     )
+
+
+def longest_input(model: nn.Module) -> float:
+    """The most tokens that a model has learned positions for; infinity where positions are relative or rotary."""
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    # RoBERTa's positions begin after the one of padding.
+    return min(
+        (
+            table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+            for table in tables
+            if isinstance(table, nn.Embedding)
+        ),
+        default=math.inf,
+    )
+
+
+def check_length(name: str, length: int | None, model: nn.Module) -> None:
+    """Raise `XLFAError` for a longest input, given by the flag `name`, that the model has no positions for."""
+    limit = longest_input(model)
+    if length is not None and length > limit:
+        raise XLFAError(f"--{name} {length}: the encoder has positions for {limit} tokens; give no more than that")
 
 
 def task_digest(task: "Task") -> str:

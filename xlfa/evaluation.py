@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,18 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from modeling_xlfa import XLFAConfig
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
 from xlfa.adapters import is_adapter, load_adapter
-from xlfa.arguments import InferenceArguments, option, parse_arguments
+from xlfa.arguments import InferenceArguments, check_positive, option, parse_arguments
 from xlfa.comparison import compare_runs, format_comparison, write_comparison
-from xlfa.data import SAMPLE, sample_clusters
+from xlfa.data import SAMPLE, data_state, sample_clusters
+from xlfa.encoding import check_length
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError, exit_with_message
 from xlfa.inference import InferenceOptions, prefetched
 from xlfa.prediction import predict
-from xlfa.resuming import begin, finish, model_origin
+from xlfa.resuming import begin, finish, model_origin, writing_alone
+from xlfa.run_file import weights_digest
 from xlfa.scores import build_scores, format_table, predictions_file, write_predictions, write_scores
 from xlfa.statistics import Clusters, cluster_numbers
 from xlfa.tasks import TASKS, Prediction, Task, get_task
@@ -71,6 +73,7 @@ class EvaluationArguments(InferenceArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_positive("max_examples", self.max_examples)
         if (self.model is None) == (self.compare is None):
             raise ValueError("give either --model, to score it, or --compare with two runs that were scored")
         if self.compare is not None and len(self.compare) != 2:
@@ -113,15 +116,21 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
     Languages that a run of the same model, data and settings finished before it was interrupted are not scored again.
 
     Raises:
-        XLFAError: for anything about the arguments, model or data that the user can mend.
+        XLFAError: for anything about the arguments, model or data that the user can mend; also where another run is
+            writing to the same folder.
     """
+    with writing_alone(output_folder(arguments)) if PartialState().is_main_process else nullcontext():
+        return _evaluate(arguments)
+
+
+def _evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     task = get_task(arguments.task)
     languages = task.check_languages(arguments.languages, arguments.data_root)
     logger.info(describe_threads())
     model, tokenizer = load_model(task, arguments.model)
     state = PartialState()
     model.to(state.device)
-    max_length, doc_stride = input_lengths(arguments.max_length, arguments.doc_stride, model.config, task)
+    max_length, doc_stride = input_lengths(arguments.max_length, arguments.doc_stride, model, task)
 
     options = InferenceOptions.of(arguments, model.device)
     shared_ids: list[str] | None = None
@@ -173,7 +182,9 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
         if state.is_main_process:
             write_predictions(predictions_file(output_folder(arguments), language), predictions[language])
 
-    scores = build_scores(task, predictions, clusters, splits, model.config, settings)
+    folder = Path(arguments.model)
+    weights = weights_digest(folder) if folder.is_dir() else None
+    scores = build_scores(task, predictions, clusters, splits, model.config, settings, weights)
     if state.is_main_process:
         write_scores(output_folder(arguments), scores)
         finish(output_folder(arguments))
@@ -189,6 +200,7 @@ def kept_predictions(
         origin = {
             "model": model_origin(arguments.model),
             "data_root": arguments.data_root,
+            "data": data_state(get_task(arguments.task).test_dataset, arguments.data_root),
             "settings": settings,
             "versions": versions(),
         }
@@ -197,20 +209,27 @@ def kept_predictions(
     return broadcast_object_list(kept)[0]
 
 
-def input_lengths(max_length: int | None, doc_stride: int | None, config: XLFAConfig, task: Task) -> tuple[int, int]:
-    """`--max_length` and `--doc_stride`; what is not given is as in training, or else the task's."""
-    lengths = (max_length, config.input_length, task.defaults.max_length)
-    strides = (doc_stride, config.input_stride, task.defaults.doc_stride)
+def input_lengths(
+    max_length: int | None, doc_stride: int | None, model: XLFAPreTrainedModel, task: Task
+) -> tuple[int, int]:
+    """`--max_length` and `--doc_stride`; what is not given is as in training, or else the task's.
+
+    Raises:
+        XLFAError: for inputs that are too long for the model.
+    """
+    check_length("max_length", max_length, model)
+    lengths = (max_length, model.config.input_length, task.defaults.max_length)
+    strides = (doc_stride, model.config.input_stride, task.defaults.doc_stride)
     longest, stride = (next(value for value in values if value is not None) for values in (lengths, strides))
     return longest, stride
 
 
 def output_folder(arguments: EvaluationArguments) -> Path:
-    """`--output_dir`; else `scores/<task>` in the model's folder, or for a Hub id in a folder of its name here."""
+    """`--output_dir`; else `scores/<task>` in the model's folder, or for a Hub id in a folder `<org>--<name>` here."""
     if arguments.output_dir is not None:
         return Path(arguments.output_dir)
     model = Path(arguments.model)
-    return (model if model.is_dir() else Path(model.name)) / "scores" / arguments.task
+    return (model if model.is_dir() else Path(arguments.model.replace("/", "--"))) / "scores" / arguments.task
 
 
 def load_model(task: Task, name_or_path: str) -> tuple[XLFAPreTrainedModel, PreTrainedTokenizerBase]:

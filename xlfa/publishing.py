@@ -39,7 +39,7 @@ from modeling_xlfa.configuration_xlfa import AUTO_MAP
 from xlfa.card import TrainedRun, eval_result_entries, looks_local, render_card, score_table
 from xlfa.errors import XLFAError
 from xlfa.files import building_folder
-from xlfa.run_file import RUN_FILE, is_finished
+from xlfa.run_file import RUN_FILE, is_finished, weights_digest
 from xlfa.scores import SCHEMA_VERSION, SCORES_FILE
 from xlfa.tasks import TASKS
 
@@ -332,6 +332,8 @@ def read_scores(folder: Path, task: str, config: XLFAConfig) -> dict[str, Any]:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise XLFAError(f"{path} is no {SCORES_FILE} as `xlfa eval` writes it ({error!r}): score again") from None
     ours = {"encoder": config.text_config.model_type, **config.to_dict()}
+    if "weights" in scored:
+        ours["weights"] = weights_digest(folder)
     for field, value in scored.items():
         if field not in ours or ours[field] != value:
             raise XLFAError(

@@ -21,9 +21,10 @@ from transformers import AutoConfig, AutoTokenizer, BatchEncoding, PreTrainedTok
 from transformers.utils import ModelOutput
 
 from modeling_xlfa import XLFAModel
-from xlfa.arguments import InferenceArguments, option, parse_arguments
+from xlfa.arguments import InferenceArguments, check_positive, option, parse_arguments
 from xlfa.backbones import resolve_encoder
 from xlfa.data import load_rows
+from xlfa.encoding import check_length
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError
 from xlfa.files import write_text
@@ -65,6 +66,10 @@ class RetrievalArguments(InferenceArguments):
     max_examples: int | None = option("Use the first that many pairs of each language.")
     max_length: int = option("Longest sentence in tokens; longer ones are cut and counted.", 128)
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive("max_examples", self.max_examples)
+
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `xlfa retrieval`."""
@@ -103,6 +108,7 @@ def score_retrieval(arguments: RetrievalArguments) -> dict[str, Any]:
         raise XLFAError(f"--languages {unknown[0]}: {DATASET} has {' '.join(CONFIGS)}")
     logger.info(describe_threads())
     model, tokenizer = load_states_model(arguments.model)
+    check_length("max_length", arguments.max_length, model)
     options = InferenceOptions.of(arguments, model.device)
     by_language = {}
     for language in tqdm(languages, desc="languages"):

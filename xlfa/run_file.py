@@ -3,6 +3,7 @@
 It is not published: it holds local paths.
 """
 
+import hashlib
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -54,6 +55,15 @@ def record_start(
         "sittings": [*earlier, sitting],
     }
     _write(Path(training_args.output_dir), run)
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the weight files (safetensors) of a run folder, by which scores tell whose they are."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def record_end(folder: Path, validation: dict[str, float]) -> None:

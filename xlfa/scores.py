@@ -81,6 +81,7 @@ def build_scores(
     splits: dict[str, str],
     config: XLFAConfig,
     settings: dict[str, Any],
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """The content of `scores.json`.
 
@@ -90,6 +91,7 @@ def build_scores(
         splits: the split that was scored, by language.
         config: of the model; its fusion and transport fields are recorded.
         settings: how it was scored.
+        weights: a digest of the model's weights; None for a model from the Hub, where its revision tells.
     """
     recorded = ("fusion", "ot_", "classifier_pooling")
     languages = {language: task.score(rows, language) for language, rows in predictions.items()}
@@ -115,6 +117,7 @@ def build_scores(
         "model": {
             "encoder": config.text_config.model_type,
             **{name: value for name, value in config.to_dict().items() if name.startswith(recorded)},
+            **({} if weights is None else {"weights": weights}),
         },
         "settings": settings,
         "versions": versions(),
@@ -145,7 +148,9 @@ def read_predictions(path: Path) -> list[Prediction]:
         XLFAError: if the file is not there or holds something else.
     """
     try:
-        return [Prediction(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines: text may hold separators that are no ends of lines, such as U+2028.
+        with path.open(encoding="utf-8") as lines:
+            return [Prediction(**json.loads(line)) for line in lines]
     except OSError as error:
         raise XLFAError(f"cannot read the predictions {path}: {error.strerror}") from None
     except (ValueError, TypeError) as error:

@@ -33,6 +33,9 @@ from xlfa.vocabulary.rates import scale_row_steps
 
 logger = logging.getLogger(__name__)
 
+# What a parameter group of an optimizer has from the training arguments.
+GROUP_SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")
+
 # Among a batch's tensors: its shares of the labels and of the pairs of the optimizer step, times the processes.
 SHARES = "shares"
 
@@ -143,6 +146,30 @@ class XLFATrainer(Trainer):
             weight = self.accelerator.unwrap_model(self.model).get_input_embeddings().weight
             scale_row_steps(optimizer, weight, rows, rate / self.args.learning_rate)
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in Trainer, but rates and penalties are those of the arguments, not those of the checkpoint's run.
+
+        Going on with a lower learning rate is how a run that diverged is mended.
+        """
+        if checkpoint is None:
+            return
+        groups = self.optimizer.param_groups
+        given = [{name: group[name] for name in GROUP_SETTINGS if name in group} for group in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        changed = {}
+        for group, own in zip(self.optimizer.param_groups, given):
+            before, rate = group.get("initial_lr"), own.get("initial_lr")
+            if before and rate is not None and before != rate:
+                changed[before] = rate
+                # Every schedule of transformers is a factor of the first rate.
+                group["lr"] *= rate / before
+            group |= own
+        for before, rate in changed.items():
+            logger.warning("going on with --learning_rate %g instead of %g", rate, before)
+        rates = [group["initial_lr"] for group in self.optimizer.param_groups if "initial_lr" in group]
+        if self.lr_scheduler is not None and hasattr(self.lr_scheduler, "base_lrs") and rates:
+            self.lr_scheduler.base_lrs[:] = rates
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of `GlobalBatches`, which are this process's already: accelerate must not deal them out again."""
@@ -342,8 +369,10 @@ class XLFATrainer(Trainer):
         )
         settings = {name: getattr(self.args, name) for name in names}
         settings["seed"] = self.batches.seed
+        model = self.accelerator.unwrap_model(self.model)
+        settings["freeze_word_embeddings"] = not model.get_input_embeddings().weight.requires_grad
         settings["examples_a_step"] = self.batches.batch_size * self.args.gradient_accumulation_steps
-        piece_weights = plain_model(self.accelerator.unwrap_model(self.model)).base_model.ot_idf
+        piece_weights = plain_model(model).base_model.ot_idf
         return run_identity(self.train_dataset, self.validation_windows, self.pair_sampler, piece_weights, settings)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -27,6 +27,7 @@ from xlfa.arguments import (
 )
 from xlfa.backbones import naming_model, resolve_encoder
 from xlfa.checkpoints import check_same_model, check_same_run, find_checkpoint, naming_full_disk
+from xlfa.encoding import check_length
 from xlfa.environment import describe_threads
 from xlfa.errors import XLFAError, exit_with_message
 from xlfa.evaluation import EvaluationArguments, evaluate_model, print_scores
@@ -112,6 +113,8 @@ def _train(
         raise XLFAError(
             f"--ot_idf_file {data_args.ot_idf_file} is read only with --ot_weight > 0 and --ot_marginals idf"
         )
+    if data_args.parallel_dataset is not None and not aligned:
+        logger.warning("--parallel_dataset %s is not read: --ot_weight is 0", data_args.parallel_dataset)
     pair_texts = load_pair_texts(task, data_args, training_args.seed) if aligned else {}
     encoder = resolve_encoder(model_args.model)
     with naming_model(model_args.model):
@@ -122,6 +125,9 @@ def _train(
         # Not earlier: an encoder that is built for the cache, the first time, draws random numbers.
         set_seed(training_args.seed)
         model, tokenizer = build_model(task, model_args, data_args, encoder)
+    check_length("max_length", data_args.max_length, model)
+    if aligned:
+        check_length("parallel_max_length", data_args.parallel_max_length, model)
     if checkpoint is not None:
         check_same_model(checkpoint, model.config)
     features = task.training_features(rows, tokenizer, data_args.max_length, data_args.doc_stride)

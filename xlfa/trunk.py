@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
@@ -64,7 +65,10 @@ class TrunkCache:
         root: Path | None = None,
     ):
         if not model.config.freeze_layers:
-            raise XLFAError("--cache_trunk stores the states of frozen layers: it needs --freeze_layers")
+            raise XLFAError(
+                "--cache_trunk stores the states of frozen layers, and this model has none: train it with "
+                "--freeze_layers, or leave --cache_trunk out"
+            )
         self.model, self.tokenizer, self.options = model, tokenizer, options
         frozen = model.config.freeze_layers
         self.layers = sorted({*(layer for layer in model.fused_layers if layer < frozen), frozen})
@@ -112,14 +116,24 @@ class TrunkCache:
                     leftover.unlink()
             state.wait_for_everyone()
             self._read_files()
-            self._fill(columns, description)
+            missing = self._missing(columns)
+            self._check_shared(missing)
+            if missing:
+                self._fill(missing, columns, description)
             state.wait_for_everyone()
             self._read_files()
+            self._check_shared(self._missing(columns))
 
-    def _fill(self, columns: dict[str, list[list[int]]], description: str) -> None:
-        missing = self._missing(columns)
-        if not missing:
-            return
+    def _check_shared(self, missing: dict[bytes, int]) -> None:
+        """Raise `XLFAError` in every process unless all of them see the same files."""
+        found = gather_object([hashlib.sha256(b"".join(missing)).hexdigest()])
+        if len(set(found)) > 1:
+            raise XLFAError(
+                f"--cache_trunk: the processes see different states in {self.folder}: on several machines XLFA_CACHE "
+                "must be a folder that all of them share"
+            )
+
+    def _fill(self, missing: dict[bytes, int], columns: dict[str, list[list[int]]], description: str) -> None:
         lengths = {key: len(columns["input_ids"][position]) for key, position in missing.items()}
         size = sum(lengths.values()) * self._bytes_a_token
         if size > shutil.disk_usage(self.folder).free:
@@ -222,7 +236,8 @@ class TrunkCache:
             file, start, length = place
             found.append(self._files[file][start : start + length])
         stored = torch.zeros(*mask.shape, len(self.layers), self.model.config.hidden_size)
-        stored[mask] = torch.cat(found).float()
+        if found:
+            stored[mask] = torch.cat(found).float()
         stored = stored.to(self.model.device, self.model.dtype)
         return {layer: stored[:, :, index] for index, layer in enumerate(self.layers)}
 

@@ -20,7 +20,7 @@ from modeling_xlfa.transport_xlfa import exact_plan, pairwise_cost, product_plan
 from xlfa.alignment.pieces import EncodedSentence, SentenceOrWords, encode_sentence
 from xlfa.alignment.words import Word
 from xlfa.arguments import InferenceArguments
-from xlfa.encoding import tokenizer_digest
+from xlfa.encoding import longest_input, tokenizer_digest
 from xlfa.errors import XLFAError
 from xlfa.inference import InferenceOptions, infer, token_batches
 from xlfa.retrieval import FUSED, load_states_model
@@ -174,7 +174,7 @@ class Aligner:
         tokenizer_digest(tokenizer)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.layer = _check_layer(default_layer(model.config) if layer is None else layer, model.config)
-        limit = longest_input(model.config, tokenizer)
+        limit = min(tokenizer.model_max_length, longest_input(model))
         if max_length is not None and not 1 <= max_length <= limit:
             raise XLFAError(f"--max_length {max_length}: the model reads 1 to {limit} tokens")
         self.max_length = max_length or min(limit, LONGEST_SENTENCE)
@@ -293,11 +293,6 @@ def default_layer(config: XLFAConfig) -> int | str:
     if config.ot_weight > 0:
         return config.ot_layer
     return XLFAConfig(text_config=config.text_config, fusion="none").fusion_layer
-
-
-def longest_input(config: XLFAConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The most tokens that the model reads, special ones included."""
-    return min(tokenizer.model_max_length, getattr(config.text_config, "max_position_embeddings", math.inf))
 
 
 def _check_layer(layer: int | str, config: XLFAConfig) -> int | str:

@@ -78,7 +78,7 @@ def answer_question(
     Raises:
         XLFAError: for a context in which the tokenizer finds nothing.
     """
-    lengths = input_lengths(None, None, model.config, TASK)
+    lengths = input_lengths(None, None, model, TASK)
     columns = {"question": [question], "context": [context]}
     windows = Dataset.from_dict(TASK.encode(columns, range(1), tokenizer, *lengths))
     # In bfloat16 the parts, of which one window is computed, would not agree with the answer.

@@ -229,7 +229,7 @@ class Task(ABC):
             source = self.validation
             rows = load_rows(source.dataset, source.config, source.split, data_root, self.columns)
             self.check_rows(rows, f"{source.dataset} ({source.split})")
-        return rows.select(sample_clusters(self.groups(rows), max_examples, seed))
+        return rows.select(sample_clusters(self.groups(rows), max_examples, seed, "max_eval_examples"))
 
     def _training_and_held_out(
         self, train_dataset: str | None, data_root: str | None
