@@ -4,8 +4,10 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -102,6 +104,29 @@ def test_options_reach_the_plan(align, model):
     assert described["links"] == [vars(link) for link in extract_links(alignment, "threshold", 1.1)]
 
 
+def test_words_between_blanks_are_those_of_the_corpus(align, model, tsv):
+    text = ("it 's a well-known cat .", "die katze .")
+    described = json.loads(align(*text, "--words", "blanks", "--format", "json"))
+    assert (described["source"], described["target"]) == (text[0].split(), text[1].split())
+    assert sum(described["source_mass"]) == pytest.approx(1) == sum(described["target_mass"])
+    (alignment,) = model.align(model.states([tuple(side.split() for side in text)]), TransportOptions())
+    found = align("--file", tsv(["\t".join(text)]), "--words", "blanks")
+    assert found == format_pharaoh(extract_links(alignment)) + "\n"
+    assert json.loads(align(*text, "--format", "json"))["source"] != text[0].split()
+
+
+def test_pipes_are_read_and_written_as_they_are(align, model, tmp_path):
+    source, target = tmp_path / "pairs", tmp_path / "links"
+    for path in (source, target):
+        os.mkfifo(path)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(source.write_text, "\n".join(LINES))
+        read = pool.submit(target.read_text)
+        align("--file", str(source), "--output", str(target))
+        assert read.result().splitlines() == expected_lines(model)
+    assert target.is_fifo()
+
+
 @pytest.mark.parametrize("name", ["pairs.tsv", "pairs.tsv.gz"])
 def test_a_file_in_chunks_is_aligned_line_by_line(align, model, tsv, tmp_path, monkeypatch, name):
     monkeypatch.setattr(aligner, "CHUNK", 3)
@@ -179,6 +204,9 @@ def test_a_broken_archive(align, tsv):
         (["--file", "none.tsv"], "--file none.tsv: no such file"),
         (["a", "b", "--skip_unusable"], "goes with --file"),
         (["--file", "-", "--plot", "a.png"], "one pair of sentences"),
+        (["--file", "-", "--format", "table"], "--file takes pharaoh or json"),
+        (["--file", "README.md", "--output", "./README.md"], "--output ./README.md is the file that is read"),
+        (["a", "b", "--plot", "a.jpg"], "a.jpg: a picture of an alignment is one of .png"),
         (["a", "b", "--output", "."], "--output . is a folder"),
         (["a", "b", "--threshold", "2"], "--threshold 2 goes with --method threshold"),
         (["a", "b", "--method", "best"], "method 'best'"),
@@ -204,6 +232,7 @@ def test_pictures_get_the_plan_and_plans_from_hard_to_uniform(align, monkeypatch
     drawn = {}
     for module, function in (("heatmap", "draw_alignment"), ("page", "write_page")):
         fake = SimpleNamespace(**{function: lambda alignments, path: drawn.update({path.name: alignments})})
+        fake.check_format = lambda path: None
         monkeypatch.setitem(sys.modules, f"xlfa.alignment.{module}", fake)
     flags = ["--plot", str(tmp_path / "plan.png"), "--html", str(tmp_path / "plan.html")]
     align("a cat sat", "b cad zat", *flags)

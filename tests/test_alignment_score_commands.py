@@ -265,6 +265,7 @@ def test_a_single_pair_has_no_interval_in_any_output(gold):
         (["--epsilon", "-1"], "epsilon -1"),
         (["--unbalanced", "0"], "unbalanced 0"),
         (["--data_root", "/nowhere"], "the folder /nowhere/local/word-alignment does not exist"),
+        (["{gold}", "{links}", "--output_dir", "{gold}"], "--output_dir .*gold.txt is a file: name a folder"),
     ],
 )
 def test_bad_flags_are_refused_before_a_model_is_loaded(files, monkeypatch, flags, message):

@@ -68,6 +68,11 @@ def test_other_hosts_get_one_warning(parse, caplog, host, warned):
     assert all("network" in record.message for record in caplog.records)
 
 
+def test_a_host_that_is_no_name_is_named(parse):
+    with pytest.raises(XLFAError, match="cannot listen on --host a..b"):
+        _check(parse("--host", "a..b"))
+
+
 def test_loopback():
     assert [_is_loopback(host) for host in ("127.0.0.5", "::1", "localhost", "::", "10.0.0.1", "example.org")] == [
         *[True] * 3,

@@ -36,6 +36,13 @@ def test_runs_are_found_by_name(runs):
     assert find_runs(runs / "none") == {}
 
 
+def test_the_folder_may_be_that_of_a_model_or_of_its_scores(runs):
+    model = runs / "old" / "plain"
+    assert find_runs(model) == {". (xnli)": model / "scores" / "xnli"}
+    assert find_runs(model / "scores") == {"xnli": model / "scores" / "xnli"}
+    assert find_runs(model / "scores" / "xnli") == {".": model / "scores" / "xnli"}
+
+
 def test_the_table_and_the_picture_have_the_numbers_of_the_comparison(runs):
     expected = compare_runs(XNLI, runs / "old" / "plain", runs / "aligned")["differences"]
     comparison = compare(runs, PLAIN, ALIGNED)
@@ -87,7 +94,8 @@ def damage(scores, content):
 def test_damaged_scores_are_a_message(runs, content):
     damage(runs / "aligned", content)
     for pair in ((PLAIN, ALIGNED), (ALIGNED, PLAIN)):
-        assert 'role="alert"' in show_comparison(runs, *pair)[0]
+        shown = show_comparison(runs, *pair)[0]
+        assert 'role="alert"' in shown and str(runs) not in shown and "--compare" not in shown
 
 
 def test_runs_of_other_examples_are_not_compared(runs):

@@ -1,5 +1,6 @@
 """The page over HTTP: it answers as its functions do, serves no file, loads nothing, and stays closed."""
 
+import json
 import re
 import socket
 import urllib.error
@@ -101,6 +102,17 @@ def status(address, body=None):
             return response.status
     except urllib.error.HTTPError as error:
         return error.code
+
+
+@pytest.mark.parametrize("name", ["align", "ask", "compare"])
+def test_nothing_passes_the_queue_by(served, name):
+    body = json.dumps({"data": ["who?", "the cat sat."]}).encode()
+    headers = {"Content-Type": "application/json"}
+    for path in (f"gradio_api/run/{name}", f"gradio_api/api/{name}", f"run/{name}"):
+        request = urllib.request.Request(f"{served[1]}{path}", data=body, headers=headers)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request)
+        assert refused.value.code in (403, 404, 405)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,15 @@ def test_help_has_examples_and_needs_no_torch():
     assert "examples:" in done.stdout
 
 
+def test_a_reader_that_wants_no_more_ends_the_command_quietly():
+    lines = "[print('a' * 99) for _ in range(99999)]"
+    code = f"from xlfa.errors import exit_with_message\nexit_with_message(lambda argv: {lines})"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"a" * 99 + b"\n"
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 1)
+
+
 @pytest.mark.parametrize("command", ["train", "eval", "retrieval", "rankc"])
 def test_help_of_a_command_explains_its_flags(command, capsys):
     with pytest.raises(SystemExit) as done:

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -114,7 +114,7 @@ def reading(arguments: AnsweringArguments) -> Iterator[Iterator[dict[str, Any]]]
     elif arguments.input == STANDARD_STREAM:
         yield read_lines(sys.stdin, "the standard input")
     else:
-        if not Path(arguments.input).is_file():
+        if not Path(arguments.input).exists() or Path(arguments.input).is_dir():
             raise XLFAError(f"--input {arguments.input}: no such file")
         # A byte order mark at its beginning is no text.
         with open(arguments.input, encoding="utf-8-sig") as lines:
@@ -152,12 +152,21 @@ def check_row(row: dict[str, Any], place: str) -> dict[str, Any]:
 
 @contextmanager
 def writing(path: str) -> Iterator[IO[str]]:
-    """A stream for the answers; a file appears when all are written."""
+    """A stream for the answers; a file appears when all are written. A pipe or a device is written to as it is.
+
+    Raises:
+        XLFAError: for a place that cannot be written to, or a full disk.
+    """
     if path == STANDARD_STREAM:
         yield sys.stdout
         return
-    with replacing(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as output:
-        yield output
+    file = Path(path)
+    try:
+        place = nullcontext(file) if file.exists() and not file.is_file() else replacing(file)
+        with place as target, target.open("w", encoding="utf-8") as output:
+            yield output
+    except OSError as error:
+        raise XLFAError(f"cannot write to --output {path}: {error.strerror or error}") from None
 
 
 def format_answer(id: str, answer: Answer, format: str) -> str:

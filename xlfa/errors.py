@@ -1,5 +1,6 @@
 """The one exception for input that a user can mend, and how command lines print it."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -13,9 +14,17 @@ class XLFAError(ValueError):
 
 
 def exit_with_message(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
-    """Run the command line `main` on `argv`; on `XLFAError` print `error: …` to stderr and exit with status 2."""
+    """Run the command line `main` on `argv`; on `XLFAError` print `error: …` to stderr and exit with status 2.
+
+    A reader of the output that wants no more of it, such as `head`, ends the command quietly.
+    """
     try:
         main(argv)
+        sys.stdout.flush()
     except XLFAError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:
+        # What is still in the buffer would be an error again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None

@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--unbalanced", type=float, metavar="TAU", help="words may stay unmatched; strength of the marginals, such as 2"
     )
+    add("--words", default="icu", choices=["icu", "blanks"], help="by the language's rules (icu), or between blanks")
     add("--cost", default="cosine", metavar="NAME", help="cosine (default) or sqeuclidean")
     add("--method", default="mutual_argmax", metavar="NAME", help="of links: mutual_argmax (default) or threshold")
     add("--threshold", type=float, metavar="T", help="of the weight, 1: as in the uniform plan (2)")
@@ -105,12 +106,21 @@ def _check(arguments: argparse.Namespace) -> None:
         raise XLFAError("--skip_unusable goes with --file")
     if arguments.file is not None and (arguments.plot or arguments.html):
         raise XLFAError("--plot and --html show one pair of sentences, not --file")
-    if arguments.file not in (None, "-") and not Path(arguments.file).is_file():
+    # Pipes are files too.
+    if arguments.file not in (None, "-") and (not Path(arguments.file).exists() or Path(arguments.file).is_dir()):
         raise XLFAError(f"--file {arguments.file}: no such file")
+    if arguments.file is not None and arguments.format == "table":
+        raise XLFAError("--format table shows one pair of sentences; --file takes pharaoh or json")
     for name in ("output", "plot", "html"):
         path = getattr(arguments, name)
         if path is not None and Path(path).is_dir():
             raise XLFAError(f"--{name} {path} is a folder: name a file")
+    if arguments.file not in (None, "-") and Path(arguments.output).resolve() == Path(arguments.file).resolve():
+        raise XLFAError(f"--output {arguments.output} is the file that is read: name another one")
+    if arguments.plot is not None:
+        from xlfa.alignment.heatmap import check_format
+
+        check_format(Path(arguments.plot))
     if arguments.threshold is not None and arguments.method != "threshold":
         raise XLFAError(f"--threshold {arguments.threshold:g} goes with --method threshold")
     for language in _languages(arguments):
@@ -124,7 +134,7 @@ def _align_sentences(arguments: argparse.Namespace) -> None:
 
     options, formatted = _options(arguments), _formatter(arguments)
     aligner = _load_aligner(arguments)
-    pair = aligner.encode(arguments.source, arguments.target, _languages(arguments))
+    pair = aligner.encode(*_in_words((arguments.source, arguments.target), arguments), _languages(arguments))
     states = aligner.run([pair])
     (alignment,) = aligner.align(states, options)
     with writing(arguments.output) as output:
@@ -166,7 +176,11 @@ def _align_file(arguments: argparse.Namespace) -> None:
             pairs = [_encode(aligner, number, line, arguments) for number, line in chunk]
             errors = [pair for pair in pairs if isinstance(pair, XLFAError)]
             usable = [pair for pair in pairs if not isinstance(pair, XLFAError)]
-            alignments = iter(aligner.align(aligner.run(usable), options))
+            try:
+                alignments = iter(aligner.align(aligner.run(usable), options))
+            except XLFAError as error:
+                first, last = chunk[0][0], chunk[-1][0]
+                raise XLFAError(f"--file {arguments.file}, lines {first} to {last}: {error}") from None
             for pair in pairs:
                 failed = isinstance(pair, XLFAError)
                 output.write((_format_error(pair, arguments) if failed else formatted(next(alignments))) + "\n")
@@ -185,12 +199,17 @@ def _encode(aligner: "Aligner", number: int, line: bytes, arguments: argparse.Na
     from xlfa.alignment.pairs import parse_pair
 
     try:
-        return aligner.encode(*parse_pair(line), _languages(arguments))
+        return aligner.encode(*_in_words(parse_pair(line), arguments), _languages(arguments))
     except XLFAError as error:
         located = XLFAError(f"--file {arguments.file}, line {number}: {error}")
     if not arguments.skip_unusable:
         raise located
     return located
+
+
+def _in_words(pair: tuple[str, str], arguments: argparse.Namespace) -> "tuple[str, str] | tuple[list[str], list[str]]":
+    """The sentences, or with `--words blanks` their words."""
+    return pair if arguments.words == "icu" else tuple(sentence.split() for sentence in pair)
 
 
 def _options(arguments: argparse.Namespace) -> "TransportOptions":
@@ -239,7 +258,4 @@ def _format_name(arguments: argparse.Namespace) -> str:
 
 def _format_error(error: XLFAError, arguments: argparse.Namespace) -> str:
     """What stands in the place of an alignment that there is not, so that lines still match the file's."""
-    name = _format_name(arguments)
-    if name == "json":
-        return json.dumps({"error": str(error)}, ensure_ascii=False)
-    return "" if name == "pharaoh" else str(error)
+    return json.dumps({"error": str(error)}, ensure_ascii=False) if _format_name(arguments) == "json" else ""

@@ -67,10 +67,12 @@ def read_pharaoh(path: Path) -> Iterator[PharaohLinks]:
 
 
 def describe_alignment(alignment: Alignment, links: Iterable[Link]) -> dict[str, Any]:
-    """An alignment as JSON knows it: words, links by positions from 0, and how the plan was found."""
+    """An alignment as JSON knows it: words with their masses, links by positions from 0, and how the plan was found."""
     return {
         "source": alignment.source,
         "target": alignment.target,
+        "source_mass": alignment.source_mass.tolist(),
+        "target_mass": alignment.target_mass.tolist(),
         "links": [{"source": link.source, "target": link.target, "weight": link.weight} for link in links],
         "null_source": alignment.null_source.tolist(),
         "null_target": alignment.null_target.tolist(),

@@ -61,14 +61,18 @@ def draw_alignment(alignments: dict[str, Alignment], path: Path) -> None:
     Raises:
         XLFAError: for another format, or as `figure` does.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in METADATA:
+    check_format(path)
+    drawn = figure(alignments)
+    with matplotlib.rc_context(STYLE), replacing(path) as temporary:
+        drawn.savefig(temporary, metadata=METADATA[Path(path).suffix.lower()])
+
+
+def check_format(path: Path) -> None:
+    """Raise `XLFAError` for a file that a picture is not written to by its ending."""
+    if Path(path).suffix.lower() not in METADATA:
         raise XLFAError(
             f"{path}: a picture of an alignment is one of {' '.join(METADATA)}; give the file such an ending"
         )
-    drawn = figure(alignments)
-    with matplotlib.rc_context(STYLE), replacing(path) as temporary:
-        drawn.savefig(temporary, metadata=METADATA[suffix])
 
 
 def figure(alignments: dict[str, Alignment]) -> Figure:

@@ -59,7 +59,7 @@ def encode_sentence(
     if len(encoded["input_ids"]) > max_length:
         raise XLFAError(
             f"{len(encoded['input_ids'])} tokens in {text[:40]!r}…, more than {max_length}, and none is cut: split it "
-            "into sentences, or raise --max_length"
+            "into sentences"
         )
     found = []
     tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])

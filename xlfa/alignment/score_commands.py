@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     from xlfa.alignment.score_table import format_table, write_table
 
     table = _score_hypothesis(arguments) if arguments.hypothesis is not None else _score_model(arguments)
+    print(json.dumps(table, indent=1, ensure_ascii=False) if arguments.json else format_table(table))
     if arguments.output_dir is not None:
         write_table(arguments.output_dir, table)
-    print(json.dumps(table, indent=1, ensure_ascii=False) if arguments.json else format_table(table))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +72,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _strength(text: str) -> float | None:
-    return None if text == "none" else float(text)
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number, or none") from None
 
 
 def _positive(text: str) -> int:
@@ -97,6 +100,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise XLFAError("--index_base goes with a file GOLD: data sets count from 0")
     if arguments.hypothesis is not None:
         _refuse(arguments, MODEL_FLAGS, f"aligning, not with the links of {arguments.hypothesis}")
+    if arguments.output_dir is not None and arguments.output_dir.exists() and not arguments.output_dir.is_dir():
+        raise XLFAError(f"--output_dir {arguments.output_dir} is a file: name a folder")
     if arguments.choose and arguments.gold is None and _data_root(arguments) == "sample":
         raise XLFAError("--choose chooses on the embedded gold, which would then be scored: name another --data_root")
 
@@ -122,7 +127,6 @@ def _score_model(arguments: argparse.Namespace) -> dict[str, Any]:
     from xlfa.alignment.links import DEFAULT_THRESHOLD, check_method
     from xlfa.alignment.score_table import ALL_METHODS, choose, compare_chosen, grid, propose, score_proposals
     from xlfa.data import SAMPLE
-    from xlfa.training import use_compiled_solver
 
     threshold = DEFAULT_THRESHOLD if arguments.threshold is None else arguments.threshold
     check_method("threshold", threshold)
@@ -131,7 +135,6 @@ def _score_model(arguments: argparse.Namespace) -> dict[str, Any]:
     # Refuses what no layer can have, before a model is loaded.
     grid([0], *settings)
     sets = _load_sets(arguments)
-    use_compiled_solver()
     model = arguments.model or DEFAULT_MODEL
     aligner = Aligner.from_pretrained(model)
     conditions = grid(arguments.layers or [aligner.layer], *settings)

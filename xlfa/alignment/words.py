@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from xlfa.errors import XLFAError
 
 LANGUAGE_CODE = re.compile("[a-z]{2,3}")
-# Written without spaces between words; by name of the script, the beginnings of their characters' Unicode names.
-UNSPACED_LANGUAGES = {"zh", "ja", "th", "lo", "km", "my"}
-UNSPACED_SCRIPTS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
+# Written without spaces between words, by their codes of two and of three letters.
+UNSPACED_LANGUAGES = {"zh", "ja", "th", "lo", "km", "my", "zho", "jpn", "tha", "lao", "khm", "mya", "yue"}
+# Their scripts, by the beginnings of the characters' Unicode names.
+UNSPACED_SCRIPTS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "IDEOGRAPHIC", "FULLWIDTH")
+# Unicode's categories of separators, controls, format characters and surrogates.
+INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf", "Cs"}
 # ICU's name for rules of no language: they go by script.
 UNDETERMINED = "und"
 
@@ -61,14 +64,12 @@ def pretokenised(words: Sequence[str], language: str | None = None) -> tuple[str
         XLFAError: for a word without a visible character, or as `split_words`.
     """
     check_language(language)
-    unspaced = _is_unspaced("".join(words)) if language is None else language in UNSPACED_LANGUAGES
     text, placed = "", []
     for number, word in enumerate(words, start=1):
         check_text(word)
         if not _is_visible(word):
             raise XLFAError(f"word {number} of {' '.join(words)!r} is empty: {word!r}")
-        # Numbers and foreign words keep the space between them in every script.
-        if text and not (unspaced and not (text[-1].isascii() and word[0].isascii())):
+        if text and not _is_joined(text[-1], word[0], language):
             text += " "
         placed.append(Word(word, len(text), len(text) + len(word)))
         text += word
@@ -98,9 +99,16 @@ def check_text(text: str) -> None:
 
 
 def _is_visible(text: str) -> bool:
-    """Whether anything but separators, controls and format characters is there."""
-    return any(unicodedata.category(character)[0] not in "ZC" for character in text)
+    """Whether anything but separators, controls and format characters is there.
+
+    What Python's Unicode does not know yet, such as an emoji of next year, is visible.
+    """
+    return any(unicodedata.category(character) not in INVISIBLE for character in text)
 
 
-def _is_unspaced(text: str) -> bool:
-    return any(unicodedata.name(character, "").startswith(UNSPACED_SCRIPTS) for character in text)
+def _is_joined(before: str, after: str, language: str | None) -> bool:
+    """Whether no space stands between words that end and begin with these characters."""
+    if language is not None:
+        # Numbers and foreign words keep the space between them in every script.
+        return language in UNSPACED_LANGUAGES and not (before.isascii() and after.isascii())
+    return any(unicodedata.name(character, "").startswith(UNSPACED_SCRIPTS) for character in (before, after))

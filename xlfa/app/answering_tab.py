@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import gradio as gr
 from transformers import PreTrainedTokenizerBase
@@ -101,7 +102,7 @@ def build_answering_tab(question_model: QuestionModel | None) -> None:
     gr.Markdown(
         "The gate is the share of the lower layer in the fused states, 0 to 1 (a literal gate may leave this range), "
         "averaged over channels and tokens. *Alone*: the head reads that layer without fusion, for which it was not "
-        f"trained. Model: `{question_model.name}`."
+        f"trained. Model: `{Path(question_model.name).name}`."
     )
     gr.on(
         [button.click, question.submit],

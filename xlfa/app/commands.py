@@ -81,10 +81,11 @@ def _check(arguments: argparse.Namespace) -> None:
 def _check_address(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise XLFAError(
-            f"cannot listen on --host {host} --port {port} ({error.strerror}): choose another --port, or an address of "
-            "this machine"
+            f"cannot listen on --host {host} --port {port} ({reason}): choose another --port, or an address of this "
+            "machine"
         ) from None
 
 

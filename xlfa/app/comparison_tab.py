@@ -25,8 +25,10 @@ def find_runs(folder: Path) -> dict[str, Path]:
     found = {}
     for file in sorted(folder.rglob(SCORES_FILE)):
         scores = file.parent
-        is_of_model = scores.parent.name == "scores"
-        name = (scores.parent.parent if is_of_model else scores).relative_to(folder).as_posix()
+        model = scores.parent.parent
+        # Not where the folder itself is a model's `scores`.
+        is_of_model = scores.parent.name == "scores" and model.is_relative_to(folder)
+        name = (model if is_of_model else scores).relative_to(folder).as_posix()
         found[f"{name} ({scores.name})" if is_of_model else name] = scores
     return found
 
@@ -36,7 +38,8 @@ def show_comparison(folder: Path, a: str | None, b: str | None) -> View:
     try:
         comparison = compare(folder, a, b)
     except XLFAError as error:
-        return message(str(error)), "", []
+        # Visitors see neither where the folder lies nor flags that they cannot give.
+        return message(str(error).replace(f"{folder}/", "").replace("--compare ", "")), "", []
     description = f"Differences of {comparison['primary_metric']} by language, B minus A, as in the table"
     return picture(draw_differences(comparison), description), facts(describe(comparison)), table_rows(comparison)
 
@@ -54,7 +57,9 @@ def compare(folder: Path, a: str | None, b: str | None) -> dict[str, Any]:
     try:
         task = get_task(read_scores(runs[a] / SCORES_FILE)["task"])
         comparison = compare_runs(task, runs[a], runs[b])
-    except (LookupError, TypeError, AttributeError, OSError) as error:
+    except XLFAError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, OSError) as error:
         # The page outlives a file that was cut or written by hand.
         raise XLFAError(f"the scores of {a} or {b} are damaged ({error!r}): score the run again") from None
     return {**comparison, "a": a, "b": b}
@@ -112,8 +117,8 @@ def draw_differences(comparison: dict[str, Any]) -> Figure:
 def build_comparison_tab(page: gr.Blocks, folder: Path) -> None:
     """The tab's fields, and what happens when two runs are chosen."""
     gr.Markdown(
-        f"Runs below `{folder}` that were scored (`xlfa eval --model RUN --task TASK`). A and B must have been scored "
-        "on the same examples of the same task."
+        f"Runs below the folder `{folder.resolve().name}` that were scored (`xlfa eval --model RUN --task TASK`). A "
+        "and B must have been scored on the same examples of the same task."
     )
     names = list(find_runs(folder))
     with gr.Row():

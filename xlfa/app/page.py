@@ -47,8 +47,11 @@ def serve(page: gr.Blocks, host: str, port: int) -> str:
 
     What environment variables could open (a public link, files, a history on the Hub) is named here, and closed.
     """
+    # Calls that pass the queue by would compute several at a time, on one model.
+    page.queue(api_open=False)
     _, address, _ = page.launch(
-        server_name=host,
+        # An IPv6 address as URLs have it.
+        server_name=f"[{host}]" if ":" in host else host,
         server_port=port,
         share=False,
         prevent_thread_lock=True,
