@@ -94,6 +94,26 @@ def test_parts_of_a_grid_come_one_after_the_other_and_their_points_have_the_same
     assert len(points) == 2 * (3 + 3)
 
 
+def test_a_control_that_finds_the_same_in_another_arm_is_one_cell(load):
+    controls = {"no_ot": {"ot_weight": 0}, "exact": {"ot_solver": "exact"}, "product": {"ot_solver": "product"}}
+    arms = {"main": {}, "debiased": {"ot_debiased": True}, "dlfa": {"fusion": "dlfa"}}
+    plan = load(arms=arms, controls=controls, tasks={"xnli": {}}, seeds=[0])
+    assert [(cell.arm, cell.control) for cell in plan.cells if cell.control] == [
+        *(("main", name) for name in controls),
+        ("debiased", "product"),
+        *(("dlfa", name) for name in controls),
+    ]
+    roles = {cell.control: cell.roles for cell in plan.cells if cell.arm == "main" and cell.control}
+    assert roles == {
+        "no_ot": ("control:no_ot", "debiased/control:no_ot"),
+        "exact": ("control:exact", "debiased/control:exact"),
+        "product": ("control:product",),
+    }
+    # Its id is that of a study without the other arms.
+    alone = load(controls=controls, tasks={"xnli": {}}, seeds=[0], arms={"main": {}})
+    assert {cell.id for cell in alone.cells} <= {cell.id for cell in plan.cells}
+
+
 def test_a_control_that_is_a_grid_point_is_one_cell_in_both_roles(load):
     plan = load(controls={"middle": {"ot_epsilon": 0.1}})
     assert len(plan.cells) == 2 * 2 * 2
@@ -180,7 +200,8 @@ def test_a_number_beyond_the_cells_is_refused(load):
 @pytest.mark.parametrize("name", ["epsilon", "layers", "fusion", "sample"])
 def test_the_studies_of_the_repository_can_be_planned(name):
     plan = load_plan(REPOSITORY / "configs" / "study" / f"{name}.yaml")
-    sizes = {"epsilon": 4 * 5 * 16 * 2, "layers": 3 * 7 * 2, "fusion": 3 * 7, "sample": 6}
+    # In the arm debiased, no OT and the exact assignment are those of main.
+    sizes = {"epsilon": (4 * 16 - 2) * 5 * 2, "layers": 3 * 7 * 2, "fusion": 3 * 7, "sample": 6}
     assert len(plan.cells) == sizes[name]
     assert json.loads(json.dumps([cell.settings for cell in plan.cells])) == [cell.settings for cell in plan.cells]
 

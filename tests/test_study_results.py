@@ -8,6 +8,7 @@ import pytest
 from study_data import CONTROLS, EPSILONS, HEADLINE, LANGUAGES, write_study
 
 from xlfa.errors import XLFAError
+from xlfa.study.analysis import analyse
 from xlfa.study.grid import PlannedCell
 from xlfa.study.results import as_number, describe_point, in_order, read_study
 
@@ -84,6 +85,22 @@ def test_what_a_cell_stands_for_is_what_the_plan_says_now(folder):
     assert found == {names[0]: ["ot_epsilon 0.1 · ot_weight 0.3", "usual"], names[1]: ["without"]}
     assert study.arms == ["main", "first"]
     assert read_study(folder, planned[::-1]).arms == ["first", "main"]
+
+
+def test_a_cell_may_be_a_control_of_several_arms(folder):
+    for task in ("xnli", "xquad"):
+        for seed in (0, 1):
+            change(folder, f"{task}-main-no_ot-s{seed}", roles=["control:no_ot", "other/control:none"])
+            change(folder, f"{task}-main-exact-s{seed}", arm="other")
+    study = read_study(folder)
+    found = [(cell.arm, cell.controls, cell.point) for cell in study.cells if cell.id == "xnli-main-no_ot-s0"]
+    assert found == [("main", ["no_ot"], None), ("other", ["none"], None)]
+    report = analyse(study)
+    assert report["cells"] == len(list((folder / "cells").iterdir()))
+    assert {(own["arm"], own["condition"]) for own in report["conditions"] if own["arm"] == "other"} == {
+        ("other", "exact"),
+        ("other", "none"),
+    }
 
 
 def test_a_cell_may_be_a_grid_point_and_a_control(folder):

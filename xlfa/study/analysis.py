@@ -100,7 +100,7 @@ class Analysis:
         return {
             "schema_version": REPORT_VERSION,
             "study": self.study.name,
-            "cells": len(self.study.cells),
+            "cells": len({cell.id for cell in self.study.cells}),
             "unfinished": self.study.unfinished,
             "missing": self.study.missing(),
             "facts": describe_facts(self.study),

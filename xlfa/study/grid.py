@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from xlfa.backbones import naming_model, resolve_encoder
 from xlfa.errors import XLFAError
 from xlfa.evaluation import EvaluationArguments
 from xlfa.retrieval import RetrievalArguments
-from xlfa.study.results import CELLS_FOLDER, CONTROL_ROLE, MAIN_ARM
+from xlfa.study.results import CELLS_FOLDER, CONTROL_ROLE, MAIN_ARM, OF_ARM
 from xlfa.tasks import TASKS, get_task
 from xlfa.training import parse_encoder_config
 
@@ -52,6 +52,9 @@ WITHOUT_INFLUENCE = (
     *("disable_tqdm", "report_to", "run_name", "save_total_limit"),
 )
 CHECKPOINTING = ("save_strategy", "save_steps")
+# Solvers that know no epsilon, and what belongs to it.
+LIMITS = ("exact", "product")
+OF_EPSILON = ("ot_epsilon", "ot_epsilon_scale", "ot_epsilon_start", "ot_max_iter", "ot_tol")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class PlannedCell:
         task, arm, seed: names.
         point: the grid's fields; None of a control.
         control: the control's name; None of a grid point.
-        roles: `grid`, and `control:NAME` for each control with the same settings.
+        roles: `grid`, and `control:NAME` for each control with the same settings; `ARM/control:NAME` for a control of
+            another arm that could find nothing else.
         settings: of `train`, `score` and `retrieval` (None without), without local paths.
     """
 
@@ -290,6 +294,8 @@ class _Reader:
         if self.content.get("retrieval") is not None:
             retrieval = self.flags(self.content, "retrieval", "retrieval", (RetrievalArguments,))
         planned: dict[tuple[str, str], PlannedCell] = {}
+        # What a control finds depends on → the key of the first one.
+        found: dict[str, tuple[str, str]] = {}
         for arm, condition, seed, task in self._combinations(arms, seeds, list(tasks)):
             role, own = condition
             train, score = tasks[task]
@@ -297,7 +303,11 @@ class _Reader:
             settings = {"train": train, "score": score, "retrieval": retrieval}
             cell, digest = self._cell(task, arm, role, own, seed, settings)
             key = (arm, digest)
-            planned[key] = _merged(planned[key], cell) if key in planned else cell
+            twin = found.setdefault(_outcome_of(cell), key) if cell.control is not None else key
+            if twin[0] != arm:
+                planned[twin] = replace(planned[twin], roles=(*planned[twin].roles, f"{arm}{OF_ARM}{role}"))
+            else:
+                planned[key] = _merged(planned[key], cell) if key in planned else cell
         return list(planned.values())
 
     def _combinations(
@@ -358,6 +368,19 @@ def _effective(cell: PlannedCell) -> tuple[dict[str, Any], dict[str, Any]]:
         ignored += CHECKPOINTING
     of_id = settings | {"train": {name: value for name, value in settings["train"].items() if name not in ignored}}
     return settings, of_id
+
+
+def _outcome_of(cell: PlannedCell) -> str:
+    """The settings without those that cannot matter: of a transport term that is off, or of epsilon at its limits."""
+    train = cell.settings["train"]
+    idle: tuple[str, ...] = ()
+    if not train.get("ot_weight"):
+        idle = tuple(name for name in train if name.startswith(("ot_", "parallel_")))
+    elif train.get("ot_solver") in LIMITS:
+        # The exact value of a sentence against itself is 0: debiasing takes nothing away.
+        idle = (*OF_EPSILON, "ot_debiased") if train["ot_solver"] == "exact" else OF_EPSILON
+    matters = {name: value for name, value in train.items() if name not in idle}
+    return json.dumps([cell.task, cell.seed, {**cell.settings, "train": matters}], sort_keys=True)
 
 
 @cache

@@ -23,6 +23,8 @@ CELLS_FOLDER = "cells"
 # Version 1 kept the predictions.
 SCHEMA_VERSION = 2
 CONTROL_ROLE = "control:"
+# Between an arm and a role, where a cell has that role in another arm than its own.
+OF_ARM = "/"
 MAIN_ARM = "main"
 # The part of training that means over its log are of.
 LAST_PART = 0.25
@@ -44,7 +46,8 @@ class Cell:
         id, study, task, arm, seed: which one it is.
         point: the grid's fields; None of a control.
         control: the name of a control that is no grid point.
-        roles: `grid`, and `control:NAME` for each control that has the same settings.
+        roles: `grid`, and `control:NAME` for each control that has the same settings; as written, also
+            `ARM/control:NAME` for controls of other arms, for which `read_study` makes cells of their own.
         settings: of `train` and `score`, without local paths.
         validation: English validation scores, by `eval_<metric>`.
         scores: the content of `scores.json`, with a digest of its examples; `sums.json` lies beside.
@@ -113,7 +116,7 @@ class Study:
     Attributes:
         folder: of the study.
         name: as the study's file has it.
-        cells: finished, by task, arm and seed.
+        cells: finished, by task, arm and seed; one that is a control of several arms is there for each of them.
         unfinished: cells that were begun and have no result → what they failed with; empty where nothing is recorded.
         planned: all cells, in the order in which they are run; None where the plan is not known.
     """
@@ -230,6 +233,7 @@ def read_study(folder: Path, planned: "Sequence[PlannedCell] | None" = None) -> 
     cells = [read_cell(path) for path in finished]
     if by_id is not None:
         cells = [_as_planned(cell, by_id[cell.id]) for cell in cells]
+    cells = [each for cell in cells for each in _by_arm(cell)]
     cells.sort(key=lambda cell: (cell.task, cell.arm, cell.seed, cell.id))
     names = {cell.study: cell for cell in cells}
     if len(names) > 1:
@@ -244,6 +248,14 @@ def read_study(folder: Path, planned: "Sequence[PlannedCell] | None" = None) -> 
 
 def _as_planned(cell: Cell, planned: "PlannedCell") -> Cell:
     return replace(cell, point=planned.point, control=planned.control, roles=list(planned.roles))
+
+
+def _by_arm(cell: Cell) -> list[Cell]:
+    """The cell in its own arm, and as the control of others that it is."""
+    found = [replace(cell, roles=[role for role in cell.roles if OF_ARM not in role])]
+    for arm, _, role in (role.partition(OF_ARM) for role in cell.roles if OF_ARM in role):
+        found.append(replace(cell, arm=arm, point=None, control=role.removeprefix(CONTROL_ROLE), roles=[role]))
+    return found
 
 
 def read_cell(folder: Path) -> Cell:

@@ -86,6 +86,6 @@ def describe_facts(study: Study) -> dict[str, Any]:
             name: distinct(cell.versions.get(name) for cell in study.cells)
             for name in dict.fromkeys(name for cell in study.cells for name in cell.versions)
         },
-        "hours": sum(sum(cell.seconds.values()) for cell in study.cells) / 3600,
+        "hours": sum({cell.id: sum(cell.seconds.values()) for cell in study.cells}.values()) / 3600,
         "finished": [min(cell.finished for cell in study.cells), max(cell.finished for cell in study.cells)],
     }
