@@ -90,9 +90,11 @@ def test_what_a_cell_stands_for_is_what_the_plan_says_now(folder):
 def test_a_cell_may_be_a_control_of_several_arms(folder):
     for task in ("xnli", "xquad"):
         for seed in (0, 1):
-            change(folder, f"{task}-main-no_ot-s{seed}", roles=["control:no_ot", "other/control:none"])
+            roles = ["control:no_ot", "other/control:none", "later/control:none"]
+            change(folder, f"{task}-main-no_ot-s{seed}", roles=roles)
             change(folder, f"{task}-main-exact-s{seed}", arm="other")
     study = read_study(folder)
+    assert study.arms == ["main", "other"]
     found = [(cell.arm, cell.controls, cell.point) for cell in study.cells if cell.id == "xnli-main-no_ot-s0"]
     assert found == [("main", ["no_ot"], None), ("other", ["none"], None)]
     report = analyse(study)

@@ -233,7 +233,9 @@ def read_study(folder: Path, planned: "Sequence[PlannedCell] | None" = None) -> 
     cells = [read_cell(path) for path in finished]
     if by_id is not None:
         cells = [_as_planned(cell, by_id[cell.id]) for cell in cells]
-    cells = [each for cell in cells for each in _by_arm(cell)]
+    # An arm of which nothing was run yet is none.
+    arms = {cell.arm for cell in cells}
+    cells = [each for cell in cells for each in _by_arm(cell) if each.arm in arms]
     cells.sort(key=lambda cell: (cell.task, cell.arm, cell.seed, cell.id))
     names = {cell.study: cell for cell in cells}
     if len(names) > 1:
