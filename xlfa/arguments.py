@@ -233,8 +233,7 @@ class XLFATrainingArguments(TrainingArguments):
             if threshold > 0:
                 raise ValueError(f"--early_stopping_threshold {threshold} applies only with --early_stopping_patience")
             return
-        if patience < 1:
-            raise ValueError(f"--early_stopping_patience {patience}: at least 1")
+        check_positive("early_stopping_patience", patience)
         if not self.load_best_model_at_end:
             raise ValueError(
                 f"--early_stopping_patience {patience} needs --load_best_model_at_end true (and so the same "
