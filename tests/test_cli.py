@@ -1,5 +1,7 @@
 """The console script and the entry scripts: help, version, and user errors without a traceback."""
 
+import dataclasses
+import re
 import subprocess
 import sys
 
@@ -8,6 +10,8 @@ from conftest import REPOSITORY
 
 import xlfa
 from xlfa.cli import main
+from xlfa.study.grid import TRAINING_TYPES
+from xlfa.training import COMMON_FLAGS
 
 
 def test_version(capsys):
@@ -38,6 +42,37 @@ def test_help_of_a_command_explains_its_flags(command, capsys):
         main([command, "--help"])
     assert done.value.code == 0
     assert "--data_root" in capsys.readouterr().out
+
+
+def test_help_of_training_shows_what_most_runs_set_and_help_all_every_flag(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = []
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as done:
+            main(["train", flag])
+        assert done.value.code == 0
+        shown.append(set(re.findall(r"^  (?:-h, )?--(\w+)", capsys.readouterr().out, re.M)))
+    common, complete = shown
+    assert common == {*COMMON_FLAGS, "help", "help_all"}
+    fields = {field.name for kind in TRAINING_TYPES for field in dataclasses.fields(kind)}
+    assert fields <= complete and common < complete
+
+
+def test_help_names_a_flag_once_with_its_kind_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "--help"])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "--seed INT Of that sample. (default: 0)" in lines
+    assert "Task to score. Needed." in lines
+    assert not [line for line in lines if "max-examples" in line or "None" in line]
+
+
+def test_a_missing_or_unknown_flag_of_training_leads_to_the_whole_list(capsys):
+    for argv in (["--task", "xnli"], ["--model", "m", "--task", "xnli", "--learning_rat", "1"]):
+        with pytest.raises(SystemExit) as done:
+            main(["train", *argv, "--output_dir", "/nowhere"])
+        assert done.value.code == 2
+        assert "train_xlfa.py --help_all lists all arguments" in capsys.readouterr().err
 
 
 def test_help_of_vocab_has_its_commands(capsys):

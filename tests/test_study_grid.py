@@ -155,7 +155,10 @@ def test_a_layer_stays_a_number(load):
         ({"tasks": {}}, "tasks: name at least one of xnli"),
         ({"tasks": {"xnil": {}}}, "tasks: unknown task 'xnil'"),
         ({"tasks": {"xnli": {"trian": {}}}}, "tasks.xnli.trian: there is no such key"),
-        ({"tasks": {"xnli": {"train": {"lr": 1}}}}, r"tasks.xnli.train.lr: there is no flag --lr \(xlfa train --help"),
+        (
+            {"tasks": {"xnli": {"train": {"lr": 1}}}},
+            r"tasks.xnli.train.lr: there is no flag --lr \(xlfa train --help_all",
+        ),
         ({"tasks": {"xnli": {"score": {"lr": 1}}}}, r"tasks.xnli.score.lr: there is no flag --lr \(xlfa eval --help"),
         ({"train": {"seed": 3}}, "train.seed: the study sets it: give them as `seeds`"),
         ({"score": {"model": "x"}}, "score.model: the study sets it"),

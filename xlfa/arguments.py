@@ -1,9 +1,11 @@
 """Command lines: flags as dataclass fields, with a YAML file and a task's recipe as lower layers."""
 
 import argparse
+import copy
 import dataclasses
 import json
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,13 +13,17 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from modeling_xlfa.configuration_xlfa import CHOICES
 from xlfa.errors import XLFAError
 from xlfa.tasks import TASKS, get_task
 
-# Columns of descriptions in `--help`.
+# Columns of descriptions in `--help`, and where the explanations of flags begin.
 HELP_WIDTH = 100
+HELP_INDENT = 33
+# Kinds of values in `--help`; TEXT for all others.
+METAVARS = {int: "INT", float: "FLOAT", string_to_bool: "BOOL"}
 
 
 def choice(name: str, help: str) -> Any:
@@ -39,10 +45,10 @@ class ModelArguments:
     """The encoder and every field of `XLFAConfig`; a field that is not given has the config's default."""
 
     model: str = field(
-        metadata={"help": "Encoder to start from: a Hub id, a folder, or packaged:multilingual-e5-small (from PyPI)."}
+        metadata={"help": "Encoder to start from: a Hub id, a folder, or packaged:multilingual-e5-small."}
     )
     fusion: str | None = choice(
-        "fusion", "dlfa or aff: fuse a lower layer with the last one; scalar_mix: all layers; none: the last layer."
+        "fusion", "dlfa, aff: a lower layer and the last one, fused; scalar_mix: all layers; none: the last."
     )
     fusion_layer: str | None = option("Lower layer, 1..N-1 (default: at two thirds of the depth), or learned.")
     fusion_gate: str | None = choice("fusion_gate", "Of dlfa. literal: as published; sigmoid: a gate in (0, 1).")
@@ -76,17 +82,15 @@ class ModelArguments:
     cache_trunk: bool = option(
         "With --freeze_layers: store the frozen layers' states on disk once, and start every pass from them.", False
     )
-    trim_vocab: bool = option(
-        "Keep only the vocabulary that the training, parallel and scored texts of the task need.", False
-    )
+    trim_vocab: bool = option("Keep only the vocabulary of the task's training, parallel and scored texts.", False)
     new_pieces_learning_rate: float | None = option(
         "Learning rate of the embeddings that `xlfa vocab augment` added; by default --learning_rate."
     )
     peft: str | None = field(
         default=None,
         metadata={
-            "help": "lora: train low-rank adapters of the encoder, and fusion and head in full. The run folder gets "
-            "the merged model and, in adapter/, the adapters. They want a larger --learning_rate, such as 3e-4.",
+            "help": "lora: train adapters of the encoder, fusion and head in full; the run folder gets the merged "
+            "model and adapter/. Wants a larger --learning_rate, such as 3e-4.",
             "choices": ["lora"],
         },
     )
@@ -139,7 +143,7 @@ class DataArguments:
 
     task: str = field(metadata={"help": "Task to train.", "choices": TASKS})
     data_root: str | None = option(
-        "Folder with data sets as <org>/<name> instead of the Hub, or 'sample' for the embedded texts."
+        "Folder with data sets as <org>/<name> instead of the Hub, or 'sample': embedded texts."
     )
     train_dataset: str | None = option("Training set instead of the task's own; same columns.")
     max_train_examples: int | None = option("Train on a seeded sample of that many examples.")
@@ -180,6 +184,13 @@ class InferenceArguments:
 class XLFATrainingArguments(TrainingArguments):
     """transformers' own arguments with other defaults: validation and a checkpoint after every epoch."""
 
+    learning_rate: float = option("Highest learning rate, by default XTREME's for the task.", 5e-5)
+    per_device_train_batch_size: int = option("Examples a step and device, by default XTREME's for the task.", 8)
+    num_train_epochs: float = option("Passes over the training set, by default XTREME's for the task.", 3.0)
+    max_steps: int = option("Optimizer steps, instead of --num_train_epochs where it is above 0.", -1)
+    push_to_hub: bool = option("Publish the run with its scores and card when it is done; needs --hub_model_id.", False)
+    resume_from_checkpoint: str | None = option("true: go on from the newest checkpoint; or a checkpoint's folder.")
+    hub_model_id: str | None = option("Hub repository to publish to, such as org/name.")
     eval_strategy: str = option("When to score the English validation split: no, steps, epoch.", "epoch")
     save_strategy: str = option("When to save a checkpoint: no, steps, epoch, best.", "epoch")
     save_total_limit: int | None = option("Checkpoints that are kept.", 2)
@@ -243,18 +254,71 @@ class XLFATrainingArguments(TrainingArguments):
         self.restore_callback_states_from_checkpoint = True
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and examples line by line."""
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows examples line by line, and a flag in one spelling: `--max-length` is taken too, but fills half the help."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=HELP_INDENT)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+        return super()._format_action_invocation(shown)
 
 
 class _Parser(HfArgumentParser):
-    """Reports what is wrong without the usage lines: with transformers' arguments those fill several screens."""
+    """A parser whose help fits a screen, and which reports what is wrong without the usage lines.
+
+    Args:
+        types: dataclasses; their fields are the flags.
+        program, description, examples: of the help.
+        common: names of the flags that `--help` shows; all others are left to `--help_all`. All of them if empty.
+        complete: show them all.
+    """
+
+    def __init__(
+        self, types: list[type], program: str, description: str, examples: str, common: Sequence[str], complete: bool
+    ):
+        self._shown = () if complete else common
+        self.help_flag = "--help_all" if common else "--help"
+        super().__init__(
+            types,
+            prog=program,
+            usage="%(prog)s [FILE.yaml] [--flag value …]",
+            description=textwrap.fill(description, HELP_WIDTH),
+            epilog=examples,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        if common:
+            self.add_argument("--help_all", action="help", help="Show all flags, transformers' own too, and exit.")
+
+    def add_argument(self, *flags: str, **settings: Any) -> argparse.Action:
+        """As `argparse` has it; the help names the kind of value, and a default where there is one to speak of."""
+        name = flags[-1].lstrip("-").replace("-", "_")
+        explained, default = settings.get("help") or "", settings.get("default")
+        if self._shown and name not in (*self._shown, "help", "help_all"):
+            settings["help"] = argparse.SUPPRESS
+        elif settings.get("required"):
+            settings["help"] = f"{explained} Needed."
+        elif "type" in settings and default is not None and default is not False and "default" not in explained:
+            settings["help"] = f"{explained} (default: %(default)s)"
+        if "type" in settings and "choices" not in settings:
+            settings["metavar"] = METAVARS.get(settings["type"], "TEXT")
+        return super().add_argument(*flags, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise XLFAError(f"{message} ({self.prog} --help lists all arguments)")
+        raise XLFAError(f"{message} ({self.prog} {self.help_flag} lists all arguments)")
 
 
-def parse_arguments(types: list[type], argv: list[str], program: str, description: str, examples: str = "") -> tuple:
+def parse_arguments(
+    types: list[type],
+    argv: list[str],
+    program: str,
+    description: str,
+    examples: str = "",
+    common: Sequence[str] = (),
+) -> tuple:
     """Instances of the dataclasses `types` from a command line that may begin with a YAML file.
 
     Later layers win: XTREME's recipe of the task, the YAML file, the flags.
@@ -263,6 +327,7 @@ def parse_arguments(types: list[type], argv: list[str], program: str, descriptio
         types: their fields are the flags.
         argv: the command line.
         program, description, examples: of `--help`.
+        common: names of the flags that `--help` shows; there is a `--help_all` then. By default all of them.
 
     Raises:
         XLFAError: for a file that is no mapping, an unknown flag or key, or a value that a dataclass refuses.
@@ -270,14 +335,7 @@ def parse_arguments(types: list[type], argv: list[str], program: str, descriptio
     argv = list(argv)
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = yaml_flags(Path(argv[0])) + argv[1:]
-    parser = _Parser(
-        types,
-        prog=program,
-        description=textwrap.fill(description, HELP_WIDTH),
-        epilog=examples,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = _Parser(types, program, description, examples, common, complete="--help_all" in argv)
     if XLFATrainingArguments in types:
         argv = task_flags(argv) + argv
     try:
@@ -287,7 +345,7 @@ def parse_arguments(types: list[type], argv: list[str], program: str, descriptio
     except (ValueError, ImportError) as error:
         raise XLFAError(str(error)) from None
     if unknown:
-        raise XLFAError(f"unknown argument {' '.join(unknown)} ({program} --help lists all arguments)")
+        raise XLFAError(f"unknown argument {' '.join(unknown)} ({program} {parser.help_flag} lists all arguments)")
     return tuple(instances)
 
 

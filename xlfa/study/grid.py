@@ -224,7 +224,7 @@ class _Reader:
         known = {field.name for each in types for field in fields(each)}
         for name in found:
             if name not in known:
-                self.refuse(f"{place}.{name}", f"there is no flag --{name} ({_program(types)} --help lists all)")
+                self.refuse(f"{place}.{name}", f"there is no flag --{name} ({_help_command(types)} lists all)")
             if name in SET_BY_STUDY and not (name == "model" and types == TRAINING_TYPES):
                 self.refuse(f"{place}.{name}", f"the study sets it: {SET_BY_STUDY[name]}")
 
@@ -437,5 +437,6 @@ def _merged(first: PlannedCell, second: PlannedCell) -> PlannedCell:
     )
 
 
-def _program(types: tuple[type, ...]) -> str:
-    return {TRAINING_TYPES: "xlfa train", (EvaluationArguments,): "xlfa eval"}.get(types, "xlfa retrieval")
+def _help_command(types: tuple[type, ...]) -> str:
+    commands = {TRAINING_TYPES: "xlfa train --help_all", (EvaluationArguments,): "xlfa eval --help"}
+    return commands.get(types, "xlfa retrieval --help")
