@@ -233,7 +233,8 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-HELP = [[], *([name] for name in COMMANDS)]
+NESTED = [["study", "run"], ["study", "status"], ["study", "report"], ["vocab", "trim"], ["vocab", "augment"]]
+HELP = [[], *([name] for name in COMMANDS), *NESTED]
 
 
 @pytest.mark.parametrize("command", HELP, ids=lambda command: " ".join(["xlfa", *command]))

@@ -45,9 +45,23 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="run|status|report")
-    run = commands.add_parser("run", help="run the cells that are not finished")
-    status = commands.add_parser("status", help="which cells are done, running, failed or waiting, and the time left")
-    report = commands.add_parser("report", help="a page with figures, tables and tests")
+
+    def add(name: str, what: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=what,
+            description=f"{what.capitalize()}.",
+            epilog=f"example:\n  xlfa study {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    run = add("run", "run the cells that are not finished", "configs/study/epsilon.yaml --data_root DATA --workers 4")
+    status = add(
+        "status",
+        "which cells are done, running, failed or waiting, and the time left",
+        "configs/study/epsilon.yaml --data_root DATA --json",
+    )
+    report = add("report", "a page with figures, tables and tests", "configs/study/epsilon.yaml")
     for command in (run, status):
         command.add_argument("file", type=Path, metavar="FILE", help="the study's YAML file")
         command.add_argument(

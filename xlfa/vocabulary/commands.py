@@ -11,9 +11,11 @@ from xlfa.vocabulary.texts import check_text_files, read_sentences
 from xlfa.vocabulary.trimming import kept_ids, write_trimmed
 
 TRIM = "trim"
-EPILOG = """examples:
-  xlfa vocab trim --model xlm-roberta-base --texts el.txt en.txt --output_dir encoders/small
-  xlfa vocab augment --model xlm-roberta-base --texts el.txt --pieces 1000 --output_dir encoders/greek
+TRIM_EXAMPLE = "xlfa vocab trim --model xlm-roberta-base --texts el.txt en.txt --output_dir encoders/small"
+AUGMENT_EXAMPLE = "xlfa vocab augment --model xlm-roberta-base --texts el.txt --pieces 1000 --output_dir encoders/greek"
+EPILOG = f"""examples:
+  {TRIM_EXAMPLE}
+  {AUGMENT_EXAMPLE}
   train_xlfa.py --model encoders/greek …
 
 trim keeps the pieces that the texts use; on these texts the encoder computes the same as before.
@@ -44,8 +46,18 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="trim|augment")
-    trim = commands.add_parser(TRIM, help="keep only the pieces that texts use")
-    augment = commands.add_parser("augment", help="add pieces of a language")
+
+    def add(name: str, what: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=what,
+            description=f"{what.capitalize()}.",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    trim = add(TRIM, "keep only the pieces that texts use", TRIM_EXAMPLE)
+    augment = add("augment", "add pieces of a language", AUGMENT_EXAMPLE)
     for command in (trim, augment):
         command.add_argument("--model", required=True, metavar="ENCODER", help="Hub id, folder or packaged: name")
         command.add_argument(
