@@ -60,6 +60,9 @@ CASES = {
     "accumulated_batch": Case("xnli", 11, f"--fusion_norm batch --data_root sample {TRANSPORT}", accumulation=2),
     "parts": Case("xnli", 7, f"--fusion_norm layer --data_root sample --max_tokens_per_batch 128 {TRANSPORT}"),
     "tokens_accumulated": Case("wikiann", 11, "--fusion_norm batch --data_root tags", accumulation=2),
+    "stored_trunk": Case(
+        "xnli", 7, f"--fusion_norm layer --data_root sample --freeze_layers 2 --cache_trunk true {TRANSPORT}"
+    ),
     "answers": Case("xquad", 3, f"--fusion_norm batch --data_root sample --max_length 384 {TRANSPORT}"),
 }
 
@@ -76,6 +79,9 @@ def train_all(encoder, folder, processes, names=tuple(CASES)):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder.parent)
         patch.setattr("xlfa.data.HF_DATASETS_CACHE", folder.parent / "cache")
+        # Its own, in several files: what is stored by one process is not there for two.
+        patch.setenv("XLFA_CACHE", str(folder / "cache"))
+        patch.setattr("xlfa.trunk.FILE_SIZE", 2**14)
         patch.setattr(training, "build_model", build_double)
         for name in names:
             CASES[name].train(encoder, folder / name, processes)

@@ -20,7 +20,7 @@ from xlfa.errors import XLFAError
 from xlfa.evaluation import main as evaluate
 from xlfa.inference import InferenceOptions
 from xlfa.training import main as train
-from xlfa.trunk import TrunkCache
+from xlfa.trunk import TrunkCache, _columns, _name, _positions
 
 TEXTS = ["the cat sat", "a dog ran far away", "it rains", "we read books", "no", "see you at nine o'clock then"]
 OPTIONS = InferenceOptions(max_tokens_per_batch=64, bf16=False)
@@ -223,16 +223,42 @@ def test_a_write_that_fails_leaves_nothing(model, tokenizer, tmp_path, monkeypat
     cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
     with pytest.raises(XLFAError, match="cannot write to .*No space left"):
         cache.fill(sequences(tokenizer), "texts")
-    assert [path.name for path in cache.folder.iterdir()] == ["lock"]
+    assert [path.name for path in cache.folder.iterdir()] == ["locks"]
 
 
-def test_what_is_stored_is_there_while_another_run_stores_something_else(model, tokenizer, tmp_path):
+def test_what_is_stored_is_there_without_a_lock(filled, model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("xlfa.trunk.FileLock", None)
     cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
     cache.fill(sequences(tokenizer), "texts")
-    with FileLock(cache.folder / "lock"), pytest.MonkeyPatch.context() as patched:
-        # Whoever waits for the lock now fails at once.
-        patched.setattr("xlfa.trunk.FileLock", lambda path: FileLock(path, timeout=0))
-        TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path).fill(sequences(tokenizer), "texts")
+    assert len(cache._places) == len(TEXTS)
+
+
+def test_what_another_run_is_at_comes_last(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("xlfa.trunk.FILE_SIZE", 1)
+    whole = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path / "whole")
+    whole.fill(sequences(tokenizer), "texts")
+    [name, *others] = [path.name for path in (whole.folder / "locks").iterdir()]
+    assert len(others) == len(TEXTS) - 1
+    cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
+    (cache.folder / "locks").mkdir()
+    lock = FileLock(cache.folder / "locks" / name)
+    lock.acquire()
+
+    def told(message, *values):
+        if "waiting for %d parts" in message:
+            assert values[0] == 1 and len(list(cache.folder.glob("*.safetensors"))) == len(others)
+            lock.release()
+
+    monkeypatch.setattr("xlfa.trunk.logger.info", told)
+    cache.fill(sequences(tokenizer), "texts")
+    assert not lock.is_locked and len(cache._places) == len(TEXTS)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(model, tokenizer, tmp_path):
+    cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
+    (cache.folder / "locks").write_text("no folder")
+    with pytest.raises(XLFAError, match="cannot write to .*locks"):
+        cache.fill(sequences(tokenizer), "texts")
 
 
 # Fills a cache in many small files, and tells when each one is in place.
@@ -251,19 +277,22 @@ fields = {"num_labels": 3, "fusion_norm": "none", "fusion_layer": 1, "freeze_lay
 model = XLFAForSequenceClassification.from_encoder(sys.argv[1], **fields)
 cache = xlfa.trunk.TrunkCache(model.base_model, tokenizer, InferenceOptions(64, bf16=False), Path(sys.argv[2]))
 write = cache._write
-def told(keys, states):
-    write(keys, states)
+def told(*arguments):
+    write(*arguments)
     print("written", flush=True)
 cache._write = told
-texts = [f"number {number}" for number in range(500)]
+texts = [f"number {number}" for number in range(int(sys.argv[3]))]
 cache.fill(Dataset.from_dict({"input_ids": tokenizer(texts)["input_ids"]}), "texts")
 """
 
 
-def test_what_a_killed_writer_finished_is_kept(model, tokenizer, tiny_encoder, tmp_path):
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, tiny_encoder, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+def start_writer(tiny_encoder, folder, texts):
+    command = [sys.executable, "-c", WRITER, tiny_encoder, str(folder), str(texts)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def test_what_a_killed_writer_finished_is_kept(model, tokenizer, tiny_encoder, tmp_path, monkeypatch):
+    writer = start_writer(tiny_encoder, tmp_path, 500)
     for _ in range(5):
         assert writer.stdout.readline() == b"written\n"
     os.kill(writer.pid, signal.SIGKILL)
@@ -271,9 +300,18 @@ def test_what_a_killed_writer_finished_is_kept(model, tokenizer, tiny_encoder, t
     cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
     kept = len(cache._places)
     assert 5 <= kept < 500
-    (cache.folder / ".states-left.123.safetensors").write_bytes(b"half")
-    cache.fill(sequences(tokenizer, [f"number {number}" for number in range(40)]), "texts")
-    assert len(cache._places) == max(40, kept) and not list(cache.folder.glob(".states*"))
+    monkeypatch.setattr("xlfa.trunk.FILE_SIZE", 1)
+    texts = [f"number {number}" for number in range(kept + 3)]
+    part = _name(list(_positions(_columns(sequences(tokenizer, texts[-1:])))))
+    (cache.folder / f".states-{part}-left.123.safetensors").write_bytes(b"half")
+    cache.fill(sequences(tokenizer, texts), "texts")
+    assert len(cache._places) == kept + 3 and not list(cache.folder.glob(".states*left*"))
+
+
+def test_two_writers_share_the_work(tiny_encoder, tmp_path):
+    writers = [start_writer(tiny_encoder, tmp_path, 30) for _ in range(2)]
+    written = [writer.communicate(timeout=120)[0].count(b"written") for writer in writers]
+    assert sum(written) == 30 and [writer.returncode for writer in writers] == [0, 0]
 
 
 def run(encoder, output, *flags):

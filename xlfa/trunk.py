@@ -5,15 +5,16 @@ layers that are stored, K and the fused ones below it. In it a sequence is found
 whatever data set it is in, is stored once for each tokenizer. States are bfloat16.
 
 Files are written under a temporary name, moved into place and never changed: any number of processes may read while
-one writes, and what a killed writer had finished is kept. One writes at a time; others wait and find the states there.
+others write, and what a killed writer had finished is kept. Runs that need the same sequences share the work: each part
+of them is computed by one, and the others go on with the next part, or wait for it at the end.
 """
 
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -38,8 +39,8 @@ from xlfa.inference import InferenceOptions, infer
 
 logger = logging.getLogger(__name__)
 
-# Bytes of states a file, about.
-FILE_SIZE = 2**27
+# Bytes of states a file, about: the piece of work that runs share out among them.
+FILE_SIZE = 2**26
 KEY_SIZE = 16
 BYTES_A_VALUE = 2
 
@@ -105,37 +106,24 @@ class TrunkCache:
         Raises:
             XLFAError: if the disk is full or the folder cannot be written to.
         """
-        state, columns = PartialState(), _columns(sequences)
-        if state.num_processes == 1 and not self._missing(columns):
-            # Another run may hold the lock for minutes, to store what this one does not need.
-            return
-        with FileLock(self.folder / "lock") if state.is_main_process else nullcontext():
-            if state.is_main_process:
-                # Of killed writers: nobody else writes now.
-                for leftover in self.folder.glob(".states-*"):
-                    leftover.unlink()
-            state.wait_for_everyone()
-            self._read_files()
-            missing = self._missing(columns)
-            self._check_shared(missing)
-            if missing:
-                self._fill(missing, columns, description)
-            state.wait_for_everyone()
-            self._read_files()
-            self._check_shared(self._missing(columns))
+        self._read_files()
+        columns = _columns(sequences)
+        positions = _positions(columns)
+        lengths = {key: len(columns["input_ids"][position]) for key, position in positions.items()}
+        missing = self._missing(positions)
+        if missing:
+            self._check_space(sum(lengths[key] for key in missing), len(missing), description)
+        # The same parts in every run with these sequences, whatever of them is there already.
+        parts = _by_size(lengths, FILE_SIZE // self._bytes_a_token)
+        left = [part for part in parts if not self._fill_part(part, positions, columns, description, wait=False)]
+        if left:
+            logger.info("trunk cache: waiting for %d parts that other runs compute (%s)", len(left), description)
+        for part in left:
+            self._fill_part(part, positions, columns, description, wait=True)
 
-    def _check_shared(self, missing: dict[bytes, int]) -> None:
-        """Raise `XLFAError` in every process unless all of them see the same files."""
-        found = gather_object([hashlib.sha256(b"".join(missing)).hexdigest()])
-        if len(set(found)) > 1:
-            raise XLFAError(
-                f"--cache_trunk: the processes see different states in {self.folder}: on several machines XLFA_CACHE "
-                "must be a folder that all of them share"
-            )
-
-    def _fill(self, missing: dict[bytes, int], columns: dict[str, list[list[int]]], description: str) -> None:
-        lengths = {key: len(columns["input_ids"][position]) for key, position in missing.items()}
-        size = sum(lengths.values()) * self._bytes_a_token
+    def _check_space(self, tokens: int, sequences: int, description: str) -> None:
+        """Log what will be stored; raise `XLFAError` if the disk has no room for it."""
+        size = tokens * self._bytes_a_token
         if size > shutil.disk_usage(self.folder).free:
             raise XLFAError(
                 f"--cache_trunk: {size / 2**30:.1f} GiB of states do not fit on the disk of {self.folder}: free some "
@@ -144,36 +132,83 @@ class TrunkCache:
         logger.info(
             "trunk cache: storing layers %s of %d sequences (%s), %.0f MiB, in %s",
             ", ".join(map(str, self.layers)),
-            len(missing),
+            sequences,
             description,
             size / 2**20,
             self.folder,
         )
-        for keys in _by_size(lengths, FILE_SIZE // self._bytes_a_token):
-            positions = [missing[key] for key in keys]
-            inputs = Dataset.from_dict(
-                {name: [column[position] for position in positions] for name, column in columns.items()}
-                | {"length": [lengths[key] for key in keys]}
-            )
-            states = self._compute(inputs, f"trunk, {description}")
-            if PartialState().is_main_process:
-                self._write(keys, states)
 
-    def _missing(self, columns: dict[str, list[list[int]]]) -> dict[bytes, int]:
-        """Key → position of the sequences that are not stored, as far as files were read."""
-        missing: dict[bytes, int] = {}
-        for position, row in enumerate(zip(*columns.values())):
-            key = _key(*(np.asarray(values, dtype=np.int64) for values in row))
-            if key not in self._places:
-                missing.setdefault(key, position)
-        return missing
+    def _fill_part(
+        self,
+        keys: list[bytes],
+        positions: dict[bytes, int],
+        columns: dict[str, list[list[int]]],
+        description: str,
+        wait: bool,
+    ) -> bool:
+        """Store what is missing of a part; False if another run is at it and `wait` is not set."""
+        if not any(gather_object([bool(self._missing(keys))])):
+            # Without the lock, which another run may hold for a minute.
+            return True
+        state, name = PartialState(), _name(keys)
+        with self._lock(name, wait) as locked:
+            if not locked:
+                return False
+            if state.is_main_process:
+                # Of killed writers: nobody else writes this part now.
+                for leftover in self.folder.glob(f".states-{name}-*"):
+                    leftover.unlink()
+            self._read_files()
+            missing = self._missing(keys)
+            self._check_shared(missing)
+            if missing:
+                states = self._compute([positions[key] for key in missing], columns, f"trunk, {description}")
+                if state.is_main_process:
+                    self._write(f"states-{name}-{_name(missing)}", missing, states)
+            state.wait_for_everyone()
+            self._read_files()
+            self._check_shared(self._missing(keys))
+        return True
+
+    @contextmanager
+    def _lock(self, name: str, wait: bool) -> Iterator[bool]:
+        """Hold the lock of a part, for all processes of this launch; yields False where another run has it."""
+        folder, locked = self.folder / "locks", True
+        lock = FileLock(folder / name, blocking=wait)
+        if PartialState().is_main_process:
+            try:
+                folder.mkdir(exist_ok=True)
+                lock.acquire()
+            except Timeout:
+                locked = False
+            except OSError as error:
+                raise XLFAError(f"--cache_trunk: cannot write to {folder}: {error.strerror}") from None
+        try:
+            yield broadcast_object_list([locked])[0]
+        finally:
+            lock.release()
+
+    def _check_shared(self, missing: list[bytes]) -> None:
+        """Raise `XLFAError` in every process unless all of them see the same files."""
+        found = gather_object([hashlib.sha256(b"".join(missing)).hexdigest()])
+        if len(set(found)) > 1:
+            raise XLFAError(
+                f"--cache_trunk: the processes see different states in {self.folder}: on several machines XLFA_CACHE "
+                "must be a folder that all of them share"
+            )
+
+    def _missing(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Those that are not stored, as far as files were read."""
+        return [key for key in keys if key not in self._places]
 
     @property
     def _bytes_a_token(self) -> int:
         return len(self.layers) * self.model.config.hidden_size * BYTES_A_VALUE
 
-    def _compute(self, inputs: Dataset, description: str) -> list[np.ndarray]:
-        """The states of each sequence, rows x layers x E, as the bits of bfloat16."""
+    def _compute(self, positions: list[int], columns: dict[str, list[list[int]]], description: str) -> list[np.ndarray]:
+        """The states of the sequences at `positions`, each rows x layers x E, as the bits of bfloat16."""
+        picked = {name: [column[position] for position in positions] for name, column in columns.items()}
+        inputs = Dataset.from_dict(picked | {"length": list(map(len, picked["input_ids"]))})
 
         def read(states: dict[int, torch.Tensor], padded: Any, _: Any) -> list[torch.Tensor]:
             stacked = torch.stack([states[layer] for layer in self.layers], dim=2).bfloat16().view(torch.int16)
@@ -183,15 +218,14 @@ class TrunkCache:
             _Trunk(self.model, self.layers), self.tokenizer, inputs, read, self.options, description=description
         )
 
-    def _write(self, keys: list[bytes], states: list[np.ndarray]) -> None:
+    def _write(self, name: str, keys: list[bytes], states: list[np.ndarray]) -> None:
         content = {
             "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_SIZE),
             "lengths": torch.tensor([len(rows) for rows in states]),
             "states": torch.from_numpy(np.concatenate(states)).view(torch.bfloat16),
         }
-        name = hashlib.sha256(b"".join(keys)).hexdigest()[:16]
         try:
-            with replacing(self.folder / f"states-{name}.safetensors") as temporary:
+            with replacing(self.folder / f"{name}.safetensors") as temporary:
                 save_file(content, temporary)
         except (OSError, SafetensorError) as error:
             raise XLFAError(f"--cache_trunk: cannot write to {self.folder}: {error}") from None
@@ -265,6 +299,18 @@ def _key(*columns: np.ndarray) -> bytes:
     for column in columns:
         digest.update(column.astype(np.int64).tobytes())
     return digest.digest()
+
+
+def _positions(columns: dict[str, list[list[int]]]) -> dict[bytes, int]:
+    """Key → first position, of all sequences."""
+    positions: dict[bytes, int] = {}
+    for position, row in enumerate(zip(*columns.values())):
+        positions.setdefault(_key(*(np.asarray(values, dtype=np.int64) for values in row)), position)
+    return positions
+
+
+def _name(keys: list[bytes]) -> str:
+    return hashlib.sha256(b"".join(keys)).hexdigest()[:16]
 
 
 def _by_size(lengths: dict[bytes, int], limit: int) -> Iterable[list[bytes]]:
