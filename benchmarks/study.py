@@ -1,16 +1,17 @@
 """What the trunk cache saves in a study: seconds of a sweep of cells with it, without it, and with nothing frozen.
 
 Every side is `xlfa study run` in a process of its own, from the same study file, cut to some epsilons, seeds, steps and
-examples. A cell is all that a cell of the study is (training, validation, scores in every language), and the cache is
-filled by the sweep that uses it, in an empty folder. The unfrozen side has fewer cells: it trains another model, and
-its ratio is that of seconds a cell. Cells with and without the cache must find the same scores, but for the rounding of
-stored states to bfloat16.
+examples; training examples and parallel pairs are as many as the steps of a seed take. A cell is all that a cell of the
+study is (training, validation, scores in every language), and the cache is filled by the sweep that uses it, in an empty
+folder. The unfrozen side has fewer cells: it trains another model, and its ratio is that of seconds a cell. Cells with
+and without the cache must find the same scores, but for the rounding of stored states to bfloat16.
 
     python benchmarks/study.py --data_root ../shared/hub/datasets
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -69,13 +70,16 @@ def study_of_side(side: str, options: argparse.Namespace, folder: Path) -> dict[
     """The content of a side's study file."""
     study = read_mapping(options.study)
     (train, score), unfrozen = SIDES[side], side == UNFROZEN
+    examples = options.steps * study["train"]["per_device_train_batch_size"]
+    pairs = math.ceil(examples / len(study["train"]["parallel_languages"]))
     short = {
         "max_steps": options.steps,
         "warmup_steps": 1,
         "save_steps": options.steps,
         "logging_steps": options.steps,
         "ot_gradient_steps": None,
-        "max_train_examples": options.steps * study["train"]["per_device_train_batch_size"],
+        "max_train_examples": examples,
+        "parallel_pairs_per_language": min(pairs, study["train"]["parallel_pairs_per_language"]),
         "max_eval_examples": options.examples,
     }
     model = {} if options.model is None else {"model": options.model, "trim_vocab": False}

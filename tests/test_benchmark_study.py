@@ -36,6 +36,9 @@ def test_sides_differ_in_the_cache_and_the_frozen_layers_alone(options, tmp_path
     for own, other in zip(cached, frozen):
         assert own.settings["train"] | {"cache_trunk": False} == other.settings["train"]
         assert (own.settings["score"]["cache_trunk"], other.settings["score"]["cache_trunk"]) == (True, False)
+    # Two steps of 16 examples and as many pairs, of ten languages.
+    train = cached[0].settings["train"]
+    assert (train["max_train_examples"], train["parallel_pairs_per_language"]) == (32, 4)
     assert frozen[0].settings["train"]["freeze_layers"] == 8 and unfrozen[0].settings["train"]["freeze_layers"] == 0
 
 
