@@ -2,9 +2,9 @@
 
 Every side is `xlfa study run` in a process of its own, from the same study file, cut to some epsilons, seeds, steps and
 examples; training examples and parallel pairs are as many as the steps of a seed take. A cell is all that a cell of the
-study is (training, validation, scores in every language), and the cache is filled by the sweep that uses it, in an empty
-folder. The unfrozen side has fewer cells: it trains another model, and its ratio is that of seconds a cell. Cells with
-and without the cache must find the same scores, but for the rounding of stored states to bfloat16.
+study is (training, validation, scores in every language), and the cache is filled by the sweep that uses it, in an
+empty folder. The unfrozen side has fewer cells: it trains another model, and its ratio is that of seconds a cell. Cells
+with and without the cache must find the same scores, but for the rounding of stored states to bfloat16.
 
     python benchmarks/study.py --data_root ../shared/hub/datasets
 """
