@@ -130,7 +130,7 @@ def test_target_modules_are_those_of_the_encoder(bert_config):
 )
 def test_bad_flags_are_refused(flags, message):
     with pytest.raises(XLFAError, match=message):
-        parse_arguments([ModelArguments], ["--model", "lab/encoder", *flags], "train_xlfa.py", "")
+        parse_arguments([ModelArguments], ["--model", "lab/encoder", *flags], "xlfa train", "")
 
 
 def gradient_of_one_step(encoder, folder, batch_size, accumulation):

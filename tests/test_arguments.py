@@ -25,7 +25,7 @@ def parse(tmp_path):
             (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
             argv = [str(tmp_path / "run.yaml"), *argv]
         types = [ModelArguments, DataArguments, XLFATrainingArguments]
-        return parse_arguments(types, [*argv, "--output_dir", str(tmp_path / "out")], "train_xlfa.py", "")
+        return parse_arguments(types, [*argv, "--output_dir", str(tmp_path / "out")], "xlfa train", "")
 
     return run
 
@@ -88,7 +88,7 @@ def test_a_floating_number_without_point_in_a_file_arrives_as_a_number(parse, tm
     (tmp_path / "own.yaml").write_text("model: m\ntask: xnli\nlearning_rate: 5e-6\n")
     types = [ModelArguments, DataArguments, XLFATrainingArguments]
     argv = [str(tmp_path / "own.yaml"), "--output_dir", str(tmp_path)]
-    assert parse_arguments(types, argv, "train_xlfa.py", "")[2].learning_rate == 5e-6
+    assert parse_arguments(types, argv, "xlfa train", "")[2].learning_rate == 5e-6
 
 
 @pytest.mark.parametrize(("field", "name"), [("ot_layer", "fused"), ("fusion_layer", "learned")])
@@ -105,7 +105,7 @@ def test_fields_that_are_not_given_are_left_to_the_config(parse):
 
 
 def test_an_unknown_key_of_a_file_is_named(parse):
-    with pytest.raises(XLFAError, match="--ot_epsilom 0.1.*train_xlfa.py --help"):
+    with pytest.raises(XLFAError, match="--ot_epsilom 0.1.*xlfa train --help"):
         parse(settings={"model": "m", "task": "xnli", "ot_epsilom": 0.1})
 
 
@@ -125,7 +125,7 @@ def test_a_choice_that_does_not_exist_is_named_with_those_that_do(parse):
 
 
 def test_a_missing_flag_is_named(parse):
-    with pytest.raises(XLFAError, match="--model.*train_xlfa.py --help"):
+    with pytest.raises(XLFAError, match="--model.*xlfa train --help"):
         parse("--task", "xnli")
 
 
@@ -136,7 +136,7 @@ def test_a_value_that_training_arguments_refuse_is_a_user_error(parse):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(XLFAError, match="no configuration file .*absent.yaml"):
-        parse_arguments([EvaluationArguments], [str(tmp_path / "absent.yaml")], "eval_xlfa.py", "")
+        parse_arguments([EvaluationArguments], [str(tmp_path / "absent.yaml")], "xlfa eval", "")
 
 
 @pytest.mark.parametrize(("text", "message"), [("[1, 2]", "mapping"), ("", "mapping"), ("a: [1", "not valid YAML")])
@@ -147,7 +147,7 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path, text, message):
 
 
 def test_scoring_takes_no_recipe_so_that_the_settings_of_the_run_hold():
-    (arguments,) = parse_arguments([EvaluationArguments], ["--model", "m", "--task", "xnli"], "eval_xlfa.py", "")
+    (arguments,) = parse_arguments([EvaluationArguments], ["--model", "m", "--task", "xnli"], "xlfa eval", "")
     assert arguments.max_length is None
     assert arguments.doc_stride is None
 

@@ -9,9 +9,9 @@ import pytest
 from conftest import REPOSITORY
 
 import xlfa
+from xlfa.arguments import COMMON_TRAINING_FLAGS
 from xlfa.cli import main
 from xlfa.study.grid import TRAINING_TYPES
-from xlfa.training import COMMON_FLAGS
 
 
 def test_version(capsys):
@@ -53,7 +53,7 @@ def test_help_of_training_shows_what_most_runs_set_and_help_all_every_flag(capsy
         assert done.value.code == 0
         shown.append(set(re.findall(r"^  (?:-h, )?--(\w+)", capsys.readouterr().out, re.M)))
     common, complete = shown
-    assert common == {*COMMON_FLAGS, "help", "help_all"}
+    assert common == {*COMMON_TRAINING_FLAGS, "help", "help_all"}
     fields = {field.name for kind in TRAINING_TYPES for field in dataclasses.fields(kind)}
     assert fields <= complete and common < complete
 
@@ -72,7 +72,7 @@ def test_a_missing_or_unknown_flag_of_training_leads_to_the_whole_list(capsys):
         with pytest.raises(SystemExit) as done:
             main(["train", *argv, "--output_dir", "/nowhere"])
         assert done.value.code == 2
-        assert "train_xlfa.py --help_all lists all arguments" in capsys.readouterr().err
+        assert "xlfa train --help_all lists all arguments" in capsys.readouterr().err
 
 
 def test_help_of_vocab_has_its_commands(capsys):

@@ -51,6 +51,7 @@ TEXT_FILES = {
     "pairs.tsv": "The cat sat on the mat.\tDie Katze saß auf der Matte.\nI see it.\tIch sehe es.\n",
     "gold.txt": "0-0 1-1 2?2\n0-0 1-1 2-2\n",
     "links.txt": "0-0 1-1\n0-0 1-2\n",
+    "STUDY.yaml": "{name: s, output_dir: s, seeds: [0], train: {model: m}, tasks: {xnli: {}}, grid: {fusion: [aff]}}\n",
     "questions.jsonl": "".join(json.dumps(question) + "\n" for question in QUESTIONS),
 }
 

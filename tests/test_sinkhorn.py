@@ -97,6 +97,7 @@ def test_soft_marginals_equal_pot(backend, epsilon, tau):
         assert torch.linalg.norm(found[:n, :m].double() - plan) < 1e-3 * torch.linalg.norm(plan)
 
 
+@needs_numba
 def test_both_back_ends_give_the_same_numbers():
     source, source_mask, target, target_mask = padded_batch(SHORT)
     matrix = pairwise_cost(source, target)
@@ -106,7 +107,6 @@ def test_both_back_ends_give_the_same_numbers():
         results = [
             sinkhorn(matrix, 0.05, source_mask, target_mask, 20_000, 1e-6, True, backend=name, **options)
             for name in ("torch", "compiled")
-            if name in BACKENDS
         ]
         for name in ("value", "plan", "plan_entropy", "source_potential", "target_potential"):
             values = [getattr(result, name) for result in results]

@@ -25,11 +25,11 @@ def test_the_tasks_of_xtreme_that_have_a_head_are_there():
 def test_both_command_lines_know_the_task_and_its_recipe(name, tmp_path):
     types = [ModelArguments, DataArguments, XLFATrainingArguments]
     argv = ["--model", "m", "--task", name, "--output_dir", str(tmp_path)]
-    _, data, training = parse_arguments(types, argv, "train_xlfa.py", "")
+    _, data, training = parse_arguments(types, argv, "xlfa train", "")
     recipe = get_task(name).defaults
     assert (training.learning_rate, training.num_train_epochs) == (recipe.learning_rate, recipe.epochs)
     assert (data.max_length, training.metric_for_best_model) == (recipe.max_length, get_task(name).metrics[0])
-    (evaluation,) = parse_arguments([EvaluationArguments], argv, "eval_xlfa.py", "")
+    (evaluation,) = parse_arguments([EvaluationArguments], argv, "xlfa eval", "")
     assert evaluation.task == name
 
 

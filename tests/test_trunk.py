@@ -20,7 +20,7 @@ from xlfa.errors import XLFAError
 from xlfa.evaluation import main as evaluate
 from xlfa.inference import InferenceOptions
 from xlfa.training import main as train
-from xlfa.trunk import TrunkCache, _columns, _name, _positions
+from xlfa.trunk import TrunkCache
 
 TEXTS = ["the cat sat", "a dog ran far away", "it rains", "we read books", "no", "see you at nine o'clock then"]
 OPTIONS = InferenceOptions(max_tokens_per_batch=64, bf16=False)
@@ -196,7 +196,8 @@ def test_a_process_without_an_example_gets_zeros(filled):
 
 def test_machines_that_do_not_share_the_folder_are_told(model, tokenizer, tmp_path, monkeypatch):
     cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
-    monkeypatch.setattr("xlfa.trunk.gather_object", lambda own: [*own, "of another machine"])
+    # The other one finds none, before and after the work.
+    monkeypatch.setattr("xlfa.trunk.gather_object", lambda own: [*own, True])
     with pytest.raises(XLFAError, match="XLFA_CACHE must be a folder that all of them share"):
         cache.fill(sequences(tokenizer), "texts")
 
@@ -231,6 +232,16 @@ def test_what_is_stored_is_there_without_a_lock(filled, model, tokenizer, tmp_pa
     cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
     cache.fill(sequences(tokenizer), "texts")
     assert len(cache._places) == len(TEXTS)
+
+
+def test_the_parts_of_a_set_are_the_same_in_any_order(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("xlfa.trunk.FILE_SIZE", 20 * 2 * 32 * 2)
+    parts = []
+    for order, texts in {"one": TEXTS, "other": TEXTS[::-1]}.items():
+        cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path / order)
+        cache.fill(sequences(tokenizer, texts), "texts")
+        parts.append({path.name for path in (cache.folder / "locks").iterdir()})
+    assert parts[0] == parts[1] and 1 < len(parts[0]) < len(TEXTS)
 
 
 def test_what_another_run_is_at_comes_last(model, tokenizer, tmp_path, monkeypatch):
@@ -301,11 +312,14 @@ def test_what_a_killed_writer_finished_is_kept(model, tokenizer, tiny_encoder, t
     kept = len(cache._places)
     assert 5 <= kept < 500
     monkeypatch.setattr("xlfa.trunk.FILE_SIZE", 1)
-    texts = [f"number {number}" for number in range(kept + 3)]
-    part = _name(list(_positions(_columns(sequences(tokenizer, texts[-1:])))))
-    (cache.folder / f".states-{part}-left.123.safetensors").write_bytes(b"half")
+    texts = [f"number {number}" for number in range(20)]
+    left, living = (cache.folder / f".states-{name}.123.safetensors" for name in ("left", "living"))
+    for path in (left, living):
+        path.write_bytes(b"half")
+    os.utime(left, (0, 0))
     cache.fill(sequences(tokenizer, texts), "texts")
-    assert len(cache._places) == kept + 3 and not list(cache.folder.glob(".states*left*"))
+    assert kept <= len(cache._places) <= kept + 20 and not left.exists() and living.exists()
+    assert all(states.any() for states in cache(tokenizer(texts, padding=True, return_tensors="pt")).values())
 
 
 def test_two_writers_share_the_work(tiny_encoder, tmp_path):

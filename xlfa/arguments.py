@@ -22,6 +22,14 @@ from xlfa.tasks import TASKS, get_task
 # Columns of descriptions in `--help`, and where the explanations of flags begin.
 HELP_WIDTH = 100
 HELP_INDENT = 33
+# What most trainings set; --help_all has the other flags.
+COMMON_TRAINING_FLAGS = (
+    *("model", "task", "output_dir", "data_root", "max_train_examples", "max_length"),
+    *("fusion", "fusion_layer", "fusion_gate", "fusion_norm"),
+    *("ot_weight", "ot_epsilon", "parallel_dataset", "freeze_layers", "trim_vocab", "peft"),
+    *("learning_rate", "per_device_train_batch_size", "num_train_epochs", "max_steps", "bf16", "seed"),
+    *("eval_strategy", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id"),
+)
 # Kinds of values in `--help`; TEXT for all others.
 METAVARS = {int: "INT", float: "FLOAT", string_to_bool: "BOOL"}
 
@@ -48,7 +56,7 @@ class ModelArguments:
         metadata={"help": "Encoder to start from: a Hub id, a folder, or packaged:multilingual-e5-small."}
     )
     fusion: str | None = choice(
-        "fusion", "dlfa, aff: a lower layer and the last one, fused; scalar_mix: all layers; none: the last."
+        "fusion", "dlfa (default), aff: a lower layer and the last one; scalar_mix: all; none: the last alone."
     )
     fusion_layer: str | None = option("Lower layer, 1..N-1 (default: at two thirds of the depth), or learned.")
     fusion_gate: str | None = choice("fusion_gate", "Of dlfa. literal: as published; sigmoid: a gate in (0, 1).")

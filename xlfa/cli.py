@@ -15,7 +15,7 @@ EXAMPLES = """examples:
   xlfa retrieval --model packaged:multilingual-e5-small --languages de ru --output_dir runs/retrieval
   xlfa rankc --model packaged:multilingual-e5-small --dataset local/bmlama17 --data_root … --output_dir runs/rankc
   xlfa vocab augment --model xlm-roberta-base --texts greek.txt --pieces 1000 --output_dir encoders/greek
-  xlfa study run configs/study/epsilon.yaml --data_root …
+  xlfa study run configs/study/sample.yaml
   xlfa align "The cat sat on the mat." "Die Katze saß auf der Matte."
   xlfa align-score gold.txt hypothesis.txt
   xlfa app

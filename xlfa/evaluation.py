@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -23,7 +22,7 @@ from xlfa.data import SAMPLE, data_state, sample_clusters
 from xlfa.encoding import check_length
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError, exit_with_message
-from xlfa.inference import InferenceOptions, prefetched
+from xlfa.inference import InferenceOptions, on_main_process, prefetched
 from xlfa.prediction import predict
 from xlfa.resuming import begin, finish, model_origin, writing_alone
 from xlfa.run_file import weights_digest
@@ -83,7 +82,7 @@ class EvaluationArguments(InferenceArguments):
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `eval_xlfa.py` and `xlfa eval`."""
     (arguments,) = parse_arguments(
-        [EvaluationArguments], sys.argv[1:] if argv is None else argv, "eval_xlfa.py", DESCRIPTION, EXAMPLES
+        [EvaluationArguments], sys.argv[1:] if argv is None else argv, "xlfa eval", DESCRIPTION, EXAMPLES
     )
     state = PartialState(cpu=not torch.accelerator.is_available())
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
@@ -119,7 +118,8 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
         XLFAError: for anything about the arguments, model or data that the user can mend; also where another run is
             writing to the same folder.
     """
-    with writing_alone(output_folder(arguments)) if PartialState().is_main_process else nullcontext():
+    with ExitStack() as stack:
+        on_main_process(lambda: stack.enter_context(writing_alone(output_folder(arguments))))
         return _evaluate(arguments)
 
 
@@ -195,8 +195,8 @@ def kept_predictions(
     arguments: EvaluationArguments, settings: dict[str, Any], languages: list[str]
 ) -> dict[str, list[Prediction]]:
     """Those of the languages that an interrupted run finished, in every process; see `xlfa.resuming`."""
-    kept: list[dict[str, list[Prediction]]] = [{}]
-    if PartialState().is_main_process:
+
+    def find() -> dict[str, list[Prediction]]:
         origin = {
             "model": model_origin(arguments.model),
             "data_root": arguments.data_root,
@@ -204,9 +204,10 @@ def kept_predictions(
             "settings": settings,
             "versions": versions(),
         }
-        kept = [begin(output_folder(arguments), origin, languages)]
+        return begin(output_folder(arguments), origin, languages)
+
     # The processes share the work of a language: they must agree on which ones are left.
-    return broadcast_object_list(kept)[0]
+    return on_main_process(find)
 
 
 def input_lengths(

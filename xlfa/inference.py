@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
@@ -20,6 +20,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, is_torch_bf16_gpu_available
 
 from xlfa.arguments import InferenceArguments
+from xlfa.errors import XLFAError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -82,6 +83,24 @@ def prefetched(function: Callable[[Item], Result], items: Iterable[Item], ahead:
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def on_main_process(work: Callable[[], Result]) -> Result:
+    """What `work` returns in the main process, in every process of a launch; others wait for it.
+
+    Raises:
+        XLFAError: in every process, where it is raised in the main one: none is left waiting for the others.
+    """
+    outcome: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = work()
+        except XLFAError as error:
+            outcome[1] = str(error)
+    result, message = broadcast_object_list(outcome)
+    if message is not None:
+        raise XLFAError(message)
+    return result
 
 
 def infer(

@@ -19,6 +19,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
 from xlfa.adapters import add_adapters, check_same_adapters
 from xlfa.arguments import (
+    COMMON_TRAINING_FLAGS,
     DataArguments,
     InferenceArguments,
     ModelArguments,
@@ -49,14 +50,6 @@ EXAMPLES = """examples:
   xlfa train --model xlm-roberta-base --task xnli --fusion dlfa --output_dir runs/xnli-dlfa
   accelerate launch train_xlfa.py --model xlm-roberta-base --task xquad --output_dir runs/xquad
 """
-# What most runs set; --help_all has the other flags.
-COMMON_FLAGS = (
-    *("model", "task", "output_dir", "data_root", "max_train_examples", "max_length"),
-    *("fusion", "fusion_layer", "fusion_gate", "fusion_norm"),
-    *("ot_weight", "ot_epsilon", "parallel_dataset", "freeze_layers", "trim_vocab", "peft"),
-    *("learning_rate", "per_device_train_batch_size", "num_train_epochs", "max_steps", "bf16", "seed"),
-    *("eval_strategy", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id"),
-)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,10 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, training_args = parse_arguments(
         [ModelArguments, DataArguments, XLFATrainingArguments],
         argv,
-        "train_xlfa.py",
+        "xlfa train",
         DESCRIPTION,
         EXAMPLES,
-        COMMON_FLAGS,
+        COMMON_TRAINING_FLAGS,
     )
     logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)

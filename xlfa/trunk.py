@@ -13,16 +13,16 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
@@ -35,12 +35,14 @@ from modeling_xlfa.modeling_xlfa import XLFAModel
 from xlfa.backbones import cache_dir
 from xlfa.errors import XLFAError
 from xlfa.files import replacing
-from xlfa.inference import InferenceOptions, infer
+from xlfa.inference import InferenceOptions, infer, on_main_process
 
 logger = logging.getLogger(__name__)
 
 # Bytes of states a file, about: the piece of work that runs share out among them.
 FILE_SIZE = 2**26
+# Age at which an unfinished file is a killed writer's: a living one is at it for seconds.
+LEFTOVER_SECONDS = 3600
 KEY_SIZE = 16
 BYTES_A_VALUE = 2
 
@@ -110,20 +112,25 @@ class TrunkCache:
         columns = _columns(sequences)
         positions = _positions(columns)
         lengths = {key: len(columns["input_ids"][position]) for key, position in positions.items()}
-        missing = self._missing(positions)
-        if missing:
-            self._check_space(sum(lengths[key] for key in missing), len(missing), description)
-        # The same parts in every run with these sequences, whatever of them is there already.
-        parts = _by_size(lengths, FILE_SIZE // self._bytes_a_token)
+        on_main_process(lambda: self._prepare(lengths, description))
+        # By key: the same parts in every run with these sequences, in whatever order, and whatever is there already.
+        parts = _by_size(dict(sorted(lengths.items())), FILE_SIZE // self._bytes_a_token)
         left = [part for part in parts if not self._fill_part(part, positions, columns, description, wait=False)]
         if left:
             logger.info("trunk cache: waiting for %d parts that other runs compute (%s)", len(left), description)
         for part in left:
             self._fill_part(part, positions, columns, description, wait=True)
 
-    def _check_space(self, tokens: int, sequences: int, description: str) -> None:
+    def _prepare(self, lengths: dict[bytes, int], description: str) -> None:
         """Log what will be stored; raise `XLFAError` if the disk has no room for it."""
-        size = tokens * self._bytes_a_token
+        missing = self._missing(lengths)
+        if not missing:
+            return
+        for unfinished in self.folder.glob(".states-*"):
+            with suppress(FileNotFoundError):
+                if time.time() - unfinished.stat().st_mtime > LEFTOVER_SECONDS:
+                    unfinished.unlink()
+        size = sum(lengths[key] for key in missing) * self._bytes_a_token
         if size > shutil.disk_usage(self.folder).free:
             raise XLFAError(
                 f"--cache_trunk: {size / 2**30:.1f} GiB of states do not fit on the disk of {self.folder}: free some "
@@ -132,7 +139,7 @@ class TrunkCache:
         logger.info(
             "trunk cache: storing layers %s of %d sequences (%s), %.0f MiB, in %s",
             ", ".join(map(str, self.layers)),
-            sequences,
+            len(missing),
             description,
             size / 2**20,
             self.folder,
@@ -150,48 +157,35 @@ class TrunkCache:
         if not any(gather_object([bool(self._missing(keys))])):
             # Without the lock, which another run may hold for a minute.
             return True
-        state, name = PartialState(), _name(keys)
-        with self._lock(name, wait) as locked:
-            if not locked:
+        lock = FileLock(self.folder / "locks" / _name(keys))
+        try:
+            if not on_main_process(lambda: self._acquire(lock, wait)):
                 return False
-            if state.is_main_process:
-                # Of killed writers: nobody else writes this part now.
-                for leftover in self.folder.glob(f".states-{name}-*"):
-                    leftover.unlink()
             self._read_files()
-            missing = self._missing(keys)
-            self._check_shared(missing)
+            # Other runs, with other parts, may store some of it between two processes' looks.
+            missing = on_main_process(lambda: self._missing(keys))
             if missing:
                 states = self._compute([positions[key] for key in missing], columns, f"trunk, {description}")
-                if state.is_main_process:
-                    self._write(f"states-{name}-{_name(missing)}", missing, states)
-            state.wait_for_everyone()
+                on_main_process(lambda: self._write(missing, states))
             self._read_files()
-            self._check_shared(self._missing(keys))
-        return True
-
-    @contextmanager
-    def _lock(self, name: str, wait: bool) -> Iterator[bool]:
-        """Hold the lock of a part, for all processes of this launch; yields False where another run has it."""
-        folder, locked = self.folder / "locks", True
-        lock = FileLock(folder / name, blocking=wait)
-        if PartialState().is_main_process:
-            try:
-                folder.mkdir(exist_ok=True)
-                lock.acquire()
-            except Timeout:
-                locked = False
-            except OSError as error:
-                raise XLFAError(f"--cache_trunk: cannot write to {folder}: {error.strerror}") from None
-        try:
-            yield broadcast_object_list([locked])[0]
+            self._check_shared(keys)
         finally:
             lock.release()
+        return True
 
-    def _check_shared(self, missing: list[bytes]) -> None:
-        """Raise `XLFAError` in every process unless all of them see the same files."""
-        found = gather_object([hashlib.sha256(b"".join(missing)).hexdigest()])
-        if len(set(found)) > 1:
+    def _acquire(self, lock: FileLock, wait: bool) -> bool:
+        try:
+            Path(lock.lock_file).parent.mkdir(exist_ok=True)
+            lock.acquire(blocking=wait)
+        except Timeout:
+            return False
+        except OSError as error:
+            raise XLFAError(f"--cache_trunk: cannot write to {self.folder}: {error}") from None
+        return True
+
+    def _check_shared(self, keys: list[bytes]) -> None:
+        """Raise `XLFAError` in every process unless all of them find the states that one of them stored."""
+        if any(gather_object([bool(self._missing(keys))])):
             raise XLFAError(
                 f"--cache_trunk: the processes see different states in {self.folder}: on several machines XLFA_CACHE "
                 "must be a folder that all of them share"
@@ -218,14 +212,14 @@ class TrunkCache:
             _Trunk(self.model, self.layers), self.tokenizer, inputs, read, self.options, description=description
         )
 
-    def _write(self, name: str, keys: list[bytes], states: list[np.ndarray]) -> None:
+    def _write(self, keys: list[bytes], states: list[np.ndarray]) -> None:
         content = {
             "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_SIZE),
             "lengths": torch.tensor([len(rows) for rows in states]),
             "states": torch.from_numpy(np.concatenate(states)).view(torch.bfloat16),
         }
         try:
-            with replacing(self.folder / f"{name}.safetensors") as temporary:
+            with replacing(self.folder / f"states-{_name(keys)}.safetensors") as temporary:
                 save_file(content, temporary)
         except (OSError, SafetensorError) as error:
             raise XLFAError(f"--cache_trunk: cannot write to {self.folder}: {error}") from None

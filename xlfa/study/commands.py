@@ -17,11 +17,11 @@ from xlfa.study.results import FAILED_FILE
 from xlfa.study.status import describe_status, format_status, survey
 
 EPILOG = """examples:
-  xlfa study run configs/study/epsilon.yaml --data_root DATA               # every cell, one after the other
-  xlfa study run configs/study/epsilon.yaml --data_root DATA --workers 4   # four at a time
-  xlfa study run configs/study/epsilon.yaml --cell $SLURM_ARRAY_TASK_ID    # one cell
-  xlfa study status configs/study/epsilon.yaml
-  xlfa study report configs/study/epsilon.yaml
+  xlfa study run configs/study/sample.yaml                               # every cell, one after the other
+  xlfa study run STUDY.yaml --data_root DATA --workers 4                 # four at a time
+  xlfa study run STUDY.yaml --data_root DATA --cell $SLURM_ARRAY_TASK_ID # one cell
+  xlfa study status configs/study/sample.yaml
+  xlfa study report configs/study/sample.yaml
 
 A finished cell is never run again, an interrupted one goes on. Any number of workers, on any machines that share the
 folder, may run the same study at the same time.
@@ -55,13 +55,13 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
-    run = add("run", "run the cells that are not finished", "configs/study/epsilon.yaml --data_root DATA --workers 4")
+    run = add("run", "run the cells that are not finished", "STUDY.yaml --data_root DATA --workers 4")
     status = add(
         "status",
         "which cells are done, running, failed or waiting, and the time left",
-        "configs/study/epsilon.yaml --data_root DATA --json",
+        "configs/study/sample.yaml --json",
     )
-    report = add("report", "a page with figures, tables and tests", "configs/study/epsilon.yaml")
+    report = add("report", "a page with figures, tables and tests", "configs/study/sample.yaml")
     for command in (run, status):
         command.add_argument("file", type=Path, metavar="FILE", help="the study's YAML file")
         command.add_argument(

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from modeling_xlfa import XLFAConfig
 from xlfa.arguments import (
+    COMMON_TRAINING_FLAGS,
     DataArguments,
     ModelArguments,
     XLFATrainingArguments,
@@ -398,7 +399,9 @@ def _parsed(part: str, settings: str) -> dict[str, Any]:
 
 def parse_training(settings: dict[str, Any]) -> tuple[ModelArguments, DataArguments, XLFATrainingArguments]:
     """What `train` takes."""
-    return parse_arguments(list(TRAINING_TYPES), mapping_flags(settings), "xlfa train", "")
+    return parse_arguments(
+        list(TRAINING_TYPES), mapping_flags(settings), "xlfa train", "", common=COMMON_TRAINING_FLAGS
+    )
 
 
 def parse_evaluation(settings: dict[str, Any]) -> EvaluationArguments:

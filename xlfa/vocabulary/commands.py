@@ -16,7 +16,7 @@ AUGMENT_EXAMPLE = "xlfa vocab augment --model xlm-roberta-base --texts el.txt --
 EPILOG = f"""examples:
   {TRIM_EXAMPLE}
   {AUGMENT_EXAMPLE}
-  train_xlfa.py --model encoders/greek …
+  xlfa train --model encoders/greek …
 
 trim keeps the pieces that the texts use; on these texts the encoder computes the same as before.
 augment adds pieces trained on the texts (Chau & Smith 2021); they want training: old pieces keep their ids.
