@@ -31,6 +31,7 @@ from xlfa.errors import XLFAError
 from xlfa.files import write_text
 from xlfa.inference import InferenceOptions, infer
 from xlfa.retrieval import FUSED, embed_sentences, load_states_model, scores_folder
+from xlfa.tasks.token_classification import marks_spaces
 
 logger = logging.getLogger(__name__)
 
@@ -199,20 +200,24 @@ class MaskedLMRanker:
         self.tokenizer = AutoTokenizer.from_pretrained(source)
         if self.tokenizer.mask_token is None:
             raise XLFAError(f"--model {arguments.model}: the tokenizer has no mask token: use --scoring cosine")
+        self.marks_spaces = marks_spaces(self.tokenizer)
         self.model.to(PartialState().device)
         self.options = InferenceOptions.of(arguments, self.model.device)
 
     def __call__(self, rows: Dataset, language: str) -> list[np.ndarray]:
         """For each query the ranks of its candidates, 0 the best."""
+        prompts = rows["prompt"][:]
         # One input for each query and number of pieces serves all its candidates of that length.
         wanted: dict[tuple[int, int], list[tuple[int, list[int]]]] = defaultdict(list)
         scores = [np.zeros(len(candidates)) for candidates in rows["candidates"]]
         for query, candidates in enumerate(rows["candidates"]):
-            for index, pieces in enumerate(self.tokenizer(list(candidates), add_special_tokens=False)["input_ids"]):
+            # In byte-level BPE a word after a space has pieces of its own.
+            spaced = self.marks_spaces and prompts[query].partition(BLANK)[0].endswith(" ")
+            texts = [f" {candidate}" if spaced else candidate for candidate in candidates]
+            for index, pieces in enumerate(self.tokenizer(texts, add_special_tokens=False)["input_ids"]):
                 if not pieces:
                     raise XLFAError(f"{language}: candidate {index} of query {query} is empty: {candidates[index]!r}")
                 wanted[query, len(pieces)].append((index, pieces))
-        prompts = rows["prompt"][:]
         filled = [
             prompts[query].replace(BLANK, " ".join([self.tokenizer.mask_token] * count)) for query, count in wanted
         ]

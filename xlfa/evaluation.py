@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +159,11 @@ def _evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
         """The language's split, rows, ids, and windows unless its predictions are kept."""
         rows = task.load_test(language, arguments.data_root)
         split = str(rows.split)
+        if task.parallel and split != str(english.split):
+            raise XLFAError(
+                f"{task.test_dataset} has the split {str(english.split)!r} in English, and {split!r} alone in "
+                f"{language!r}: these are not parallel; name languages that have the same one (--languages)"
+            )
         ids = shared_ids or chosen_ids(task, rows, arguments)
         rows = select_ids(task, rows, ids, language)
         is_kept = [row.id for row in kept.get(language, [])] == ids
@@ -289,9 +295,13 @@ def select_ids(task: Task, rows: Dataset, ids: list[str], language: str) -> Data
     """The rows with these ids, in this order.
 
     Raises:
-        XLFAError: if a language lacks one: the sets are not parallel then.
+        XLFAError: if a language lacks one: the sets are not parallel then; and if ids are not unique.
     """
-    positions = {id: position for position, id in enumerate(task.example_ids(rows))}
+    own_ids = task.example_ids(rows)
+    positions = {id: position for position, id in enumerate(own_ids)}
+    if len(positions) < len(own_ids):
+        repeated = next(id for id, number in Counter(own_ids).items() if number > 1)
+        raise XLFAError(f"{task.test_dataset} ({language}) has several examples with the id {repeated!r}")
     missing = [id for id in ids if id not in positions]
     if missing:
         raise XLFAError(

@@ -114,7 +114,7 @@ class PairSampler:
         seed: int,
         shuffled: bool = False,
     ) -> "PairSampler":
-        """Tokenise once. Pairs with a side of more than `max_length` tokens are left out, not cut, and counted.
+        """Tokenise once. Pairs with an empty side, or one of more than `max_length` tokens, are left out and counted.
 
         Args:
             shuffled: the same sentences, but no source sentence with its translation; see `mispairing`.
@@ -123,12 +123,24 @@ class PairSampler:
             XLFAError: if that leaves a language without a pair, or its pairs cannot be shuffled.
         """
         pairs = {}
+        # Special tokens alone.
+        bare = len(tokenizer("")["input_ids"])
         for language, both in texts.items():
             sources, targets = (tokenizer(list(side))["input_ids"] for side in zip(*both))
-            kept = [
-                position for position, pair in enumerate(zip(sources, targets)) if max(map(len, pair)) <= max_length
+            lengths = [
+                (min(len(source), len(target)), max(len(source), len(target)))
+                for source, target in zip(sources, targets)
             ]
-            logger.info("parallel text en-%s: %d pairs, %d too long", language, len(kept), len(both) - len(kept))
+            kept = [
+                position
+                for position, (shorter, longer) in enumerate(lengths)
+                if shorter > bare and longer <= max_length
+            ]
+            empty = sum(shorter <= bare for shorter, _ in lengths)
+            logger.info(
+                "parallel text en-%s: %d pairs, %d too long, %d with an empty side",
+                *(language, len(kept), len(both) - len(kept) - empty, empty),
+            )
             if not kept:
                 raise XLFAError(f"no pair of en-{language} fits --parallel_max_length {max_length}")
             partners = kept

@@ -306,7 +306,8 @@ class Analysis:
     def interactions(self) -> list[dict[str, Any]]:
         """For each two tasks and each line: whether the second one's dependence on the axis differs from the first's.
 
-        By seeds and levels that both tasks have; in points, and in units of each task's deviation over seeds.
+        By seeds and levels that both tasks have; in points, and in units of each task's deviation over seeds. One test
+        is the primary one: that of the study's first two tasks on its first line, in points.
         """
         lines = self._grid_lines()
         interactions = []
@@ -320,7 +321,8 @@ class Analysis:
                 common = sorted(a.keys() & b.keys())
                 for unit, (scale_a, scale_b) in ((POINTS, (1.0, 1.0)), (DEVIATIONS, scales)):
                     entry = {"tasks": [first, second], "line": line, "unit": unit, "reference": reference}
-                    entry["primary"] = line == self.lines[0] and unit == POINTS
+                    first_ones = (first, second) == tuple(self.study.tasks[:2]) and line == self.lines[0]
+                    entry["primary"] = first_ones and unit == POINTS
                     if not scale_a or not scale_b:
                         interactions.append({**entry, **self._test({})})
                         continue

@@ -90,13 +90,14 @@ def _setting(report: dict[str, Any]) -> str:
     ]
     for task, own in facts["tasks"].items():
         trained = join([str(name) for name in own["train_dataset"]] or ["the task's own training set"])
-        most = f", at most {join([f'{n:,}' for n in own['max_train_examples']])} examples of it"
+        limits = [f"{number:,}" for number in own["max_train_examples"]]
+        most = f", at most {join(limits)} examples of it" if limits else ""
         examples = report["tasks"][task]["examples"]
         scored = (
             f"{examples:,}" if isinstance(examples, int) else f"{min(examples.values())} to {max(examples.values())}"
         )
         parts.append(
-            f"{task_name(task)}: trained on {trained}{most if own['max_train_examples'] else ''}, scored on {scored} "
+            f"{task_name(task)}: trained on {trained}{most}, scored on {scored} "
             f"examples a language in {len(report['tasks'][task]['languages'])} languages."
         )
     parts.append(f"The headline is the mean over {' '.join(report['headline'])}.")
