@@ -15,7 +15,11 @@ from xlfa.study.results import SCHEMA_VERSION, Cell, Study
 from xlfa.study.sums import without_examples, write_sums
 from xlfa.tasks import Prediction, get_task
 
-LANGUAGES = {"xnli": ["ar", "bg", "de", "en", "fr", "zh"], "xquad": ["ar", "de", "en", "ro", "zh"]}
+LANGUAGES = {
+    "xnli": ["ar", "bg", "de", "en", "fr", "zh"],
+    "xquad": ["ar", "de", "en", "ro", "zh"],
+    "pawsx": ["de", "en", "fr", "zh"],
+}
 HEADLINE = ["ar", "de", "en", "zh"]
 EPSILONS = [0.01, 0.1, 1.0]
 CONTROLS = {
@@ -34,10 +38,11 @@ def no_effect(task, point, control, language):
 
 def predictions(task, rng, right):
     """Predictions that are right where `right` says so; some wrong answers share a word with the right one."""
-    if task == "xnli":
+    if task != "xquad":
         names = get_task(task).label_names
+        number = len(names)
         return [
-            Prediction(str(n), names[n % 3] if own else names[n % 3 - 1], names[n % 3], 0.5)
+            Prediction(str(n), names[n % number] if own else names[n % number - 1], names[n % number], 0.5)
             for n, own in enumerate(right)
         ]
     wrong = ["market square", "river bank"]

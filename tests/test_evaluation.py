@@ -7,17 +7,18 @@ import shutil
 import jsonschema
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from modeling_xlfa import XLFAForQuestionAnswering, XLFAForSequenceClassification
 from xlfa.data import SAMPLE_ROOT
 from xlfa.errors import XLFAError
-from xlfa.evaluation import EvaluationArguments, main, output_folder
+from xlfa.evaluation import EvaluationArguments, main, output_folder, select_ids
 from xlfa.inference import InferenceOptions
 from xlfa.prediction import predict
 from xlfa.resuming import model_origin, writing_alone
 from xlfa.scores import SCORES_SCHEMA
-from xlfa.tasks import get_task
+from xlfa.tasks import Task, get_task
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +208,25 @@ def test_bad_input_gives_one_error_that_names_it(models, tmp_path, flags, messag
         score(models, "xnli", tmp_path, *flags)
     assert message in str(error.value)
     assert not (tmp_path / "scores.json").exists()
+
+
+def test_languages_with_another_split_than_english_are_not_parallel(models, tmp_path, monkeypatch):
+    load = Task.load_test
+
+    def load_validation(self, language, data_root):
+        rows = load(self, language, data_root)
+        return rows if language != "de" else Dataset(rows.data, split="validation")
+
+    monkeypatch.setattr(Task, "load_test", load_validation)
+    with pytest.raises(XLFAError, match="the split 'test' in English, and 'validation' alone in 'de'"):
+        score(models, "xnli", tmp_path, "--languages", "en", "de")
+
+
+def test_an_id_that_stands_twice_is_named():
+    task = get_task("xquad")
+    rows = Dataset.from_dict({"id": ["a", "b", "a"]})
+    with pytest.raises(XLFAError, match=r"google/xquad \(de\) has several examples with the id 'a'"):
+        select_ids(task, rows, ["a"], "de")
 
 
 @pytest.mark.parametrize("labels", [["different", "paraphrase"], ["neutral", "entailment", "contradiction"]])

@@ -274,6 +274,28 @@ def test_the_aligned_states_are_those_of_ot_layer(bert_config, fusion, ot_layer)
     torch.testing.assert_close(model(**inputs).ot_loss, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("tau", 0.5), ("debiased", True), ("center", True), ("cost", "sqeuclidean"), ("epsilon_scale", "mean")],
+)
+def test_the_options_of_the_term_reach_it(bert_config, option, value):
+    from modeling_xlfa import alignment_loss
+
+    fields = {"fusion": "none", "ot_layer": 2, "ot_epsilon": 0.3}
+    model = XLFAModel(XLFAConfig(text_config=bert_config, **fields, **{f"ot_{option}": value})).eval()
+    inputs = pair_inputs()
+    states, masks = [], []
+    for side in ("source", "target"):
+        ids, mask = inputs[f"{side}_input_ids"], inputs[f"{side}_attention_mask"]
+        states.append(model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[2])
+        masks.append(mask * (1 - inputs[f"{side}_special_tokens_mask"]))
+    plain, _ = alignment_loss(*states, *masks, 0.3)
+    expected, _ = alignment_loss(*states, *masks, 0.3, **{option: value})
+    found = model(**inputs).ot_loss
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert abs(found.item() - plain.item()) > 1e-3 * abs(plain.item())
+
+
 def test_switching_the_term_on_changes_no_statistics_and_no_dropout(bert_config, fusion_fields):
     """A step with a vanishing weight equals a step without pairs: same dropout, same running statistics."""
     results = []

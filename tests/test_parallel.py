@@ -134,6 +134,14 @@ def test_pairs_with_a_long_side_are_left_out_and_not_cut(tokenizer):
     assert kept == [("abc", "abcdef"), ("abcdef", "ab")]
 
 
+def test_pairs_with_an_empty_side_are_left_out_and_counted(tokenizer, caplog):
+    texts = {"de": [("abc", "abd"), ("", "abc"), ("abc", " "), ("", "abcdefgh")]}
+    with caplog.at_level("INFO", logger="xlfa.parallel"):
+        sampler = PairSampler.from_texts(texts, tokenizer, max_length=8, seed=0)
+    assert len(sampler.pairs["de"]) == 1
+    assert "en-de: 1 pairs, 0 too long, 3 with an empty side" in caplog.text
+
+
 def test_a_language_whose_pairs_are_all_too_long_is_named(tokenizer):
     texts = {"de": [("abc", "abc")], "fr": [("abcdef", "abc")]}
     with pytest.raises(XLFAError, match="en-fr fits --parallel_max_length 6"):

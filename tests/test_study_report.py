@@ -65,6 +65,11 @@ def read(output):
     return Page((output / "index.html").read_text()), json.loads((output / "report.json").read_text())
 
 
+def report_on(folder):
+    write_report(folder, folder / "report")
+    return read(folder / "report")
+
+
 def table(output, name):
     return list(csv.DictReader((output / "tables" / f"{name}.csv").open(encoding="utf-8")))
 
@@ -333,6 +338,30 @@ def test_files_of_an_earlier_report_go(tmp_path):
     assert not [path for path in report.rglob(".*")]
     files = {path.relative_to(report).as_posix() for path in report.glob("*/*")}
     assert set(read(report)[1]["files"]) == files - set(others)
+
+
+def test_a_seed_that_ran_on_two_kinds_of_machine_is_named(tmp_path):
+    folder = write_study(tmp_path / "study", tasks=["xnli"], seeds=[0, 1])
+    told = "Cells of seed 1 that are compared ran on different kinds of machine"
+    assert told not in report_on(folder)[0].text
+    result = next(folder.glob("cells/*-s1/result.json"))
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"machine": "another one"}))
+    assert told in report_on(folder)[0].text
+
+
+def test_the_number_of_training_examples_may_be_left_open(tmp_path):
+    folder = write_study(tmp_path / "study", tasks=["xnli"], seeds=[0])
+    for path in folder.glob("cells/*/result.json"):
+        result = json.loads(path.read_text())
+        result["settings"]["train"].pop("max_train_examples")
+        path.write_text(json.dumps(result))
+    assert "trained on local/nli-en, scored on" in report_on(folder)[0].text
+
+
+def test_one_test_of_three_tasks_is_the_primary_one(tmp_path):
+    _, report = report_on(write_study(tmp_path, tasks=("xnli", "xquad", "pawsx"), seeds=(0, 1), clusters=4))
+    assert len({tuple(entry["tasks"]) for entry in report["interactions"]}) == 3
+    assert len([entry for entry in report["interactions"] if entry["primary"]]) == 1
 
 
 def test_markup_in_names_is_text(tmp_path):

@@ -30,7 +30,7 @@ class Gradients(TrainerCallback):
         self.found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def gradient_of_one_step(encoder, folder, batch_size, accumulation, norm, max_tokens=None):
+def gradient_of_one_step(encoder, folder, batch_size, accumulation, norm, max_tokens=None, center=False):
     """Of eight examples and eight pairs, in float64 without dropout."""
     torch.manual_seed(0)
     model = XLFAForSequenceClassification.from_encoder(
@@ -40,6 +40,7 @@ def gradient_of_one_step(encoder, folder, batch_size, accumulation, norm, max_to
         num_labels=2,
         fusion_norm=norm,
         ot_weight=0.5,
+        ot_center=center,
     ).double()
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     features = Dataset.from_dict({**tokenizer(TEXTS), "labels": [0, 1] * 4})
@@ -72,18 +73,20 @@ def gradient_of_one_step(encoder, folder, batch_size, accumulation, norm, max_to
 
 
 @pytest.mark.parametrize(
-    ("norm", "batch_size", "accumulation", "max_tokens"),
+    ("norm", "batch_size", "accumulation", "max_tokens", "center"),
     [
-        *((norm, *rest) for norm in ("none", "layer") for rest in [(2, 4, None), (8, 1, 32), (3, 3, 20)]),
+        *((norm, *rest, False) for norm in ("none", "layer") for rest in [(2, 4, None), (8, 1, 32), (3, 3, 20)]),
         # Statistics of the batch: the examples stay together, the pairs do not.
-        ("batch", 8, 1, 32),
+        ("batch", 8, 1, 32, False),
+        # A mean over the pairs: these stay together, the examples do not.
+        ("layer", 8, 1, 32, True),
     ],
 )
 def test_a_step_in_parts_has_the_gradient_of_the_whole(
-    tiny_encoder, tmp_path, norm, batch_size, accumulation, max_tokens
+    tiny_encoder, tmp_path, norm, batch_size, accumulation, max_tokens, center
 ):
-    whole = gradient_of_one_step(tiny_encoder, tmp_path, 8, 1, norm)
-    parts = gradient_of_one_step(tiny_encoder, tmp_path, batch_size, accumulation, norm, max_tokens)
+    whole = gradient_of_one_step(tiny_encoder, tmp_path, 8, 1, norm, center=center)
+    parts = gradient_of_one_step(tiny_encoder, tmp_path, batch_size, accumulation, norm, max_tokens, center)
     assert whole.keys() == parts.keys()
     assert sum(gradient.abs().sum() for gradient in whole.values()) > 0
     # The transport plan has converged to ot_tol only: it is the same plan in both layouts, but for rounding.

@@ -7,7 +7,7 @@ import numpy as np
 import ot
 import pytest
 import torch
-from transport_data import padded_batch, pot_solution
+from transport_data import padded_batch, pot_soft_solution, pot_solution
 
 from modeling_xlfa import transport_xlfa
 from modeling_xlfa.transport_xlfa import (
@@ -232,12 +232,32 @@ def test_the_divergence_combines_three_values_of_pot(epsilon):
     assert loss.item() == pytest.approx(between - (first + second) / 2, abs=1e-4 * between)
 
 
-def test_the_gradient_of_the_divergence_equals_finite_differences():
+@pytest.mark.parametrize("tau", [0.3, 2.0])
+def test_the_divergence_of_soft_marginals_has_one_unit(tau):
+    """Epsilon and tau of a sentence against itself are those of the pair, in units of the pair's mean cost."""
+    n, m, epsilon = 12, 17, 0.1
+    source, source_mask, target, target_mask = padded_batch([(n, m), (20, 9)])
+    options = {"epsilon_scale": "mean", "tau": tau, "debiased": True, "tol": 1e-6, "max_iter": 50_000}
+    _, result = alignment_loss(source, target, source_mask, target_mask, epsilon, **options)
+    x, y = source[0, :n].double(), target[0, :m].double()
+    unit = pairwise_cost(x.unsqueeze(0), y.unsqueeze(0)).mean()
+    between, first, second = (
+        pot_soft_solution(pairwise_cost(p.unsqueeze(0), q.unsqueeze(0))[0], epsilon * unit, tau * unit)[1]
+        for p, q in ((x, y), (x, x), (y, y))
+    )
+    expected = between - (first + second) / 2
+    assert result.value[0].item() == pytest.approx(expected.item(), abs=1e-4 * between.item())
+    _, same = alignment_loss(source, source, source_mask, source_mask, epsilon, **options)
+    assert same.value.abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("tau", [None, 0.5])
+def test_the_gradient_of_the_divergence_equals_finite_differences(tau):
     source, source_mask, target, target_mask = padded_batch([(4, 5), (3, 3)])
     states = source.double().requires_grad_()
 
     def value(states):
-        options = {"epsilon_scale": "absolute", "debiased": True, "tol": 1e-12, "max_iter": 100_000}
+        options = {"epsilon_scale": "absolute", "debiased": True, "tau": tau, "tol": 1e-12, "max_iter": 100_000}
         return alignment_loss(states, target.double(), source_mask, target_mask, 0.2, **options)[0]
 
     assert torch.autograd.gradcheck(value, (states,), eps=1e-6, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 from safetensors.torch import load_file
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from modeling_xlfa import XLFAConfig, XLFAForSequenceClassification, XLFAModel
@@ -338,10 +340,38 @@ def run(encoder, output, *flags):
     return np.array([[line["task_loss"], line["ot_loss"]] for line in history if "task_loss" in line])
 
 
-def test_a_run_and_its_scoring_from_stored_states_equal_those_without(tiny_encoder, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def typed_encoder(tiny_encoder, tmp_path_factory):
+    """The tiny encoder as BERT has it: the second sentence of a pair has token type 1."""
+    folder = tmp_path_factory.mktemp("typed")
+    shutil.copytree(tiny_encoder, folder, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_sequences_of_other_token_types_are_others(typed_encoder, model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(typed_encoder)
+    pairs = tokenizer(["the cat sat"], ["it rains"])
+    assert set(pairs["token_type_ids"][0]) == {0, 1}
+    flat = {**pairs, "token_type_ids": [[0] * len(pairs["input_ids"][0])]}
+    cache = TrunkCache(model.base_model, tokenizer, OPTIONS, tmp_path)
+    cache.fill(Dataset.from_dict({**pairs}), "pairs")
+    cache.fill(Dataset.from_dict(flat), "flat")
+    states = [cache({name: torch.tensor(value) for name, value in inputs.items()})[2] for inputs in (pairs, flat)]
+    assert not torch.allclose(*states, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["tiny_encoder", "typed_encoder"])
+def test_a_run_and_its_scoring_from_stored_states_equal_those_without(name, request, tmp_path, monkeypatch):
     monkeypatch.setenv("XLFA_CACHE", str(tmp_path / "cache"))
-    plain = run(tiny_encoder, tmp_path / "plain")
-    cached = run(tiny_encoder, tmp_path / "cached", "--cache_trunk", "true")
+    encoder = request.getfixturevalue(name)
+    plain = run(encoder, tmp_path / "plain")
+    cached = run(encoder, tmp_path / "cached", "--cache_trunk", "true")
     # Dropout of the upper layers and of the head is on in both; the difference is the precision of the storage.
     np.testing.assert_allclose(cached, plain, rtol=0.01)
     before = load_file(tmp_path / "plain" / "model.safetensors")

@@ -51,6 +51,14 @@ def pot_solution(cost, epsilon, **options):
     return ot.solve(cost, reg=float(epsilon), reg_type="KL", **options)
 
 
+def pot_soft_solution(cost, epsilon, tau):
+    """POT's plan with soft marginals, and the value there: the `value` that POT 0.9.7 reports for them is zero."""
+    plan = torch.as_tensor(pot_solution(cost, epsilon, unbalanced=tau, unbalanced_type="KL", tol=1e-12).plan)
+    a, b = (torch.full((length,), 1 / length, dtype=torch.float64) for length in plan.shape)
+    value = (plan * cost).sum() + epsilon * generalised_kl(plan, a.unsqueeze(1) * b)
+    return plan, value + tau * (generalised_kl(plan.sum(1), a) + generalised_kl(plan.sum(0), b))
+
+
 @lru_cache
 def pot_batch(kind, lengths, epsilon, cost="cosine"):
     """Cost matrices (float32, padded) and masks of a batch, and for each pair POT's value and plan at `epsilon` times

@@ -107,6 +107,11 @@ def _setting(report: dict[str, Any]) -> str:
             f"{count(len(report['unfinished']), 'cell')} begun without a result. Comparisons use the seeds that both "
             "sides have."
         )
+    if facts["seeds_on_several_machines"]:
+        seeds = join([str(seed) for seed in facts["seeds_on_several_machines"]])
+        parts.append(
+            f"Cells of seed {seeds} that are compared ran on different kinds of machine, whose rounding differs."
+        )
     return " ".join(parts)
 
 

@@ -1,6 +1,7 @@
 """Means over the cells of a condition, and what all cells of a study have in common."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -67,6 +68,9 @@ def describe_facts(study: Study) -> dict[str, Any]:
         return distinct(cell.settings.get(part, {}).get(name) for cell in cells)
 
     by_task = {task: [cell for cell in study.cells if cell.task == task] for task in study.tasks}
+    machines: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for cell in study.cells:
+        machines[cell.task, cell.seed].add(cell.machine)
     return {
         "encoders": setting(study.cells, "train", "model"),
         "tasks": {
@@ -80,6 +84,7 @@ def describe_facts(study: Study) -> dict[str, Any]:
         },
         "seeds": sorted({cell.seed for cell in study.cells}),
         "machines": distinct(cell.machine for cell in study.cells),
+        "seeds_on_several_machines": sorted({seed for (_, seed), kinds in machines.items() if len(kinds) > 1}),
         "threads": distinct(cell.threads for cell in study.cells),
         "commits": distinct(cell.commit for cell in study.cells),
         "versions": {
