@@ -240,7 +240,7 @@ def test_the_divergence_of_soft_marginals_has_one_unit(tau):
     options = {"epsilon_scale": "mean", "tau": tau, "debiased": True, "tol": 1e-6, "max_iter": 50_000}
     _, result = alignment_loss(source, target, source_mask, target_mask, epsilon, **options)
     x, y = source[0, :n].double(), target[0, :m].double()
-    unit = pairwise_cost(x.unsqueeze(0), y.unsqueeze(0)).mean()
+    unit = pairwise_cost(x.unsqueeze(0), y.unsqueeze(0)).mean().item()
     between, first, second = (
         pot_soft_solution(pairwise_cost(p.unsqueeze(0), q.unsqueeze(0))[0], epsilon * unit, tau * unit)[1]
         for p, q in ((x, y), (x, x), (y, y))
