@@ -52,7 +52,7 @@ def load_parallel(
         if pairs_per_language is not None and pairs_per_language < len(rows):
             rows = rows.shuffle(seed=seed).select(range(pairs_per_language))
         pairs[language] = []
-        for position, row in enumerate(rows["translation"]):
+        for position, row in enumerate(rows["translation"][:]):
             if not isinstance(row, dict) or row.get(SOURCE_LANGUAGE) is None or row.get(language) is None:
                 raise XLFAError(
                     f"{dataset} (en-{language}): `translation` of row {position} is {row!r}; it must hold "
@@ -81,7 +81,7 @@ def _filtered(rows: Dataset, filters: list[str], place: str) -> Dataset:
                 f"--parallel_filter {text!r} must be column=value with a column of {place}: "
                 + ", ".join(rows.column_names)
             )
-        kept = [position for position, found in enumerate(rows[column]) if str(found) == value]
+        kept = [position for position, found in enumerate(rows[column][:]) if str(found) == value]
         if not kept:
             raise XLFAError(f"--parallel_filter {text!r} leaves no pair of {place}")
         rows = rows.select(kept)

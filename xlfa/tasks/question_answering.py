@@ -55,13 +55,14 @@ class QuestionAnsweringTask(Task):
         return XLFAForQuestionAnswering
 
     def texts(self, rows: Dataset) -> list[str]:
-        return list(dict.fromkeys(rows["context"])) + list(rows["question"])
+        return list(dict.fromkeys(rows["context"][:])) + rows["question"][:]
 
     def check_rows(self, rows: Dataset, place: str) -> None:
-        for position, row in enumerate(rows):
-            if not (row["context"] or "").strip() or not (row["question"] or "").strip():
+        columns = [rows[column][:] for column in ("context", "question", "answers")]
+        for position, (context, question, answers) in enumerate(zip(*columns)):
+            if not (context or "").strip() or not (question or "").strip():
                 raise XLFAError(f"{place}: row {position} has an empty context or question")
-            if not row["answers"]["text"]:
+            if not answers["text"]:
                 raise XLFAError(f"{place}: row {position} has no answer; SQuAD v1.1 has one for every question")
 
     def encode(

@@ -36,10 +36,10 @@ class SequenceClassificationTask(Task):
         return XLFAForSequenceClassification
 
     def check_rows(self, rows: Dataset, place: str) -> None:
-        for position, row in enumerate(rows):
-            if any(row[column] is None for column in self.sentence_columns):
+        columns = [rows[column][:] for column in (*self.sentence_columns, "label")]
+        for position, (*sentences, label) in enumerate(zip(*columns)):
+            if any(sentence is None for sentence in sentences):
                 raise XLFAError(f"{place}: row {position} has an empty {' or '.join(self.sentence_columns)}")
-            label = row["label"]
             if label not in range(len(self.label_names)):
                 raise XLFAError(
                     f"{place}: row {position} has label {label!r}; the task {self.name!r} knows "
@@ -47,7 +47,7 @@ class SequenceClassificationTask(Task):
                 )
 
     def texts(self, rows: Dataset) -> list[str]:
-        return [text for column in self.sentence_columns for text in rows[column]]
+        return [text for column in self.sentence_columns for text in rows[column][:]]
 
     def encode(
         self,

@@ -264,7 +264,7 @@ class Task(ABC):
         if not self.id_prefixes:
             return rows
         prefix = self.id_prefixes[language]
-        chosen = [position for position, id in enumerate(rows["id"]) if id.startswith(prefix)]
+        chosen = [position for position, id in enumerate(rows["id"][:]) if id.startswith(prefix)]
         if not chosen:
             raise XLFAError(f"{place}: no row has an id that begins with {prefix!r}, as those of {language!r} do")
         return rows.select(chosen)
@@ -272,5 +272,5 @@ class Task(ABC):
     def example_ids(self, rows: Dataset) -> list[str]:
         """The column `id`, else the position among `rows`."""
         if "id" in rows.column_names:
-            return [str(value) for value in rows["id"]]
+            return [str(value) for value in rows["id"][:]]
         return [str(position) for position in range(len(rows))]

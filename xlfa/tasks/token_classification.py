@@ -46,7 +46,7 @@ class TokenClassificationTask(Task):
         return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=NOT_SCORED)
 
     def texts(self, rows: Dataset) -> list[str]:
-        return list(dict.fromkeys(word for words in rows["tokens"] for word in words))
+        return list(dict.fromkeys(word for words in rows["tokens"][:] for word in words))
 
     def check_rows(self, rows: Dataset, place: str) -> None:
         feature = getattr(rows.features[self.tag_column], "feature", None)
@@ -56,7 +56,7 @@ class TokenClassificationTask(Task):
                 f"needs {', '.join(self.label_names)}, in this order"
             )
         known = range(len(self.label_names))
-        for position, (words, tags) in enumerate(zip(rows["tokens"], rows[self.tag_column])):
+        for position, (words, tags) in enumerate(zip(rows["tokens"][:], rows[self.tag_column][:])):
             if not words or any(word is None for word in words):
                 raise XLFAError(f"{place}: row {position} has no words, or a word that is null")
             if len(words) != len(tags or []):
