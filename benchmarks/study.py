@@ -117,13 +117,14 @@ def run_sweep(side: str, options: argparse.Namespace, folder: Path) -> Sweep:
     """
     results = folder / side.replace(", ", "_")
     file = results.with_suffix(".yaml")
-    write_text(file, yaml.safe_dump(study_of_side(side, options, results)))
+    study = study_of_side(side, options, results)
+    write_text(file, yaml.safe_dump(study))
     command = [sys.executable, "-c", RUN, "study", "run", str(file), "--data_root", options.data_root]
     texts = REFERENCE if side == UNFROZEN else side
     caches = {"XLFA_CACHE": f"{results}_cache", "HF_DATASETS_CACHE": str(folder / f"texts of {texts}")}
     with mock.patch.dict(os.environ, caches):
         # Weights from a package are made into an encoder once, which is not timed.
-        resolve_encoder(options.model or read_mapping(options.study)["train"]["model"])
+        resolve_encoder(study["train"]["model"])
         start = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start

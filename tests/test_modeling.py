@@ -257,6 +257,18 @@ def test_special_tokens_are_not_aligned(bert_config):
     assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
 
 
+def aligned(model, inputs):
+    """The states of `ot_layer` and the masks of alignable tokens, of both sides."""
+    layer = model.config.ot_layer
+    states, masks = [], []
+    for side in ("source", "target"):
+        ids, mask = inputs[f"{side}_input_ids"], inputs[f"{side}_attention_mask"]
+        output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        states.append(output.last_hidden_state if layer == "fused" else output.hidden_states[layer])
+        masks.append(mask * (1 - inputs[f"{side}_special_tokens_mask"]))
+    return *states, *masks
+
+
 @pytest.mark.parametrize("ot_layer", ["fused", 0, 2, 4])
 @pytest.mark.parametrize("fusion", ["dlfa", "none", "scalar_mix", "aff"])
 def test_the_aligned_states_are_those_of_ot_layer(bert_config, fusion, ot_layer):
@@ -264,13 +276,7 @@ def test_the_aligned_states_are_those_of_ot_layer(bert_config, fusion, ot_layer)
 
     model = XLFAModel(XLFAConfig(text_config=bert_config, fusion=fusion, ot_layer=ot_layer)).eval()
     inputs = pair_inputs()
-    states, masks = [], []
-    for side in ("source", "target"):
-        ids, mask = inputs[f"{side}_input_ids"], inputs[f"{side}_attention_mask"]
-        output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        states.append(output.last_hidden_state if ot_layer == "fused" else output.hidden_states[ot_layer])
-        masks.append(mask * (1 - inputs[f"{side}_special_tokens_mask"]))
-    expected, _ = alignment_loss(*states, *masks)
+    expected, _ = alignment_loss(*aligned(model, inputs))
     torch.testing.assert_close(model(**inputs).ot_loss, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -284,13 +290,9 @@ def test_the_options_of_the_term_reach_it(bert_config, option, value):
     fields = {"fusion": "none", "ot_layer": 2, "ot_epsilon": 0.3}
     model = XLFAModel(XLFAConfig(text_config=bert_config, **fields, **{f"ot_{option}": value})).eval()
     inputs = pair_inputs()
-    states, masks = [], []
-    for side in ("source", "target"):
-        ids, mask = inputs[f"{side}_input_ids"], inputs[f"{side}_attention_mask"]
-        states.append(model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[2])
-        masks.append(mask * (1 - inputs[f"{side}_special_tokens_mask"]))
-    plain, _ = alignment_loss(*states, *masks, 0.3)
-    expected, _ = alignment_loss(*states, *masks, 0.3, **{option: value})
+    given = aligned(model, inputs)
+    plain, _ = alignment_loss(*given, 0.3)
+    expected, _ = alignment_loss(*given, 0.3, **{option: value})
     found = model(**inputs).ot_loss
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert abs(found.item() - plain.item()) > 1e-3 * abs(plain.item())

@@ -189,8 +189,7 @@ def test_words_where_epsilon_acts_on_one_task(reported):
 
 def test_words_where_nothing_acts(tmp_path):
     write_study(tmp_path, seed=3)
-    write_report(tmp_path, tmp_path / "report")
-    _, report = read(tmp_path / "report")
+    _, report = report_on(tmp_path)
     assert statements(report, "Shown") == []
     # The interaction; for each task the trend, the levels, English and German against the others, the controls.
     assert len(statements(report, "Not shown")) == 9
@@ -203,8 +202,7 @@ def test_words_where_nothing_acts(tmp_path):
 
 def test_words_where_epsilon_helps_english_and_german_alone(tmp_path):
     write_study(tmp_path, effect=lambda task, point, control, code: 0.1 * bool(point and code in ("en", "de")), seed=4)
-    write_report(tmp_path, tmp_path / "report")
-    _, report = read(tmp_path / "report")
+    _, report = report_on(tmp_path)
     (text,) = (text for text in statements(report, "Shown") if text.startswith("XNLI accuracy, better for English"))
     for row in table(tmp_path / "report", "differences"):
         if row["task"] == "xnli" and row["condition"] in ("0.01", "0.1", "1"):
@@ -220,8 +218,7 @@ def test_the_grid_may_have_a_second_field(tmp_path):
     weights = ("0.05", "0.1", "0.3")
     points = [{"ot_epsilon": epsilon, "ot_weight": float(weight)} for weight in weights for epsilon in (0.01, 1.0)]
     write_study(tmp_path, points=points, seeds=(0, 1), clusters=4)
-    write_report(tmp_path, tmp_path / "report")
-    page, report = read(tmp_path / "report")
+    page, report = report_on(tmp_path)
     lines = [f"main · ot_weight {weight}" for weight in ("0.1", "0.05", "0.3")]
     assert report["lines"] == lines
     assert [entry["line"] for entry in report["interactions"] if entry["primary"]] == lines[:1]
@@ -236,8 +233,7 @@ def test_the_grid_may_have_a_second_field(tmp_path):
 
 def test_words_where_epsilon_acts_on_both_tasks_alike(tmp_path):
     write_study(tmp_path, effect=slope_in_both, seed=5)
-    write_report(tmp_path, tmp_path / "report")
-    _, report = read(tmp_path / "report")
+    _, report = report_on(tmp_path)
     shown, not_shown = statements(report, "Shown"), statements(report, "Not shown")
     assert any(text.startswith("that XNLI depends on ot_epsilon") for text in shown)
     assert any(text.startswith("that XQuAD depends on ot_epsilon") for text in shown)
@@ -266,8 +262,7 @@ def test_a_study_that_is_not_complete(tmp_path):
     failed = tmp_path / "cells" / "xnli-main-ot_epsilon_0.1-s1"
     (failed / "result.json").unlink()
     (failed / "failed.json").write_text('{"error": "no <memory>"}')
-    write_report(tmp_path, tmp_path / "report")
-    page, report = read(tmp_path / "report")
+    page, report = report_on(tmp_path)
     assert "xnli main no_ot seed 2" in page.text
     assert "xquad main ot_epsilon 1 seed 0" in page.text
     assert "failed: xnli-main-ot_epsilon_0.1-s1 : no <memory>" in page.text
@@ -283,8 +278,7 @@ def test_a_study_that_is_not_complete(tmp_path):
 def test_layers_are_a_study_too(tmp_path):
     points = [{"fusion_layer": layer} for layer in ("2", "4", "10")]
     write_study(tmp_path, tasks=("xnli",), points=points, controls={"baseline": {}}, name="layers", clusters=8)
-    write_report(tmp_path, tmp_path / "report")
-    page, report = read(tmp_path / "report")
+    page, report = report_on(tmp_path)
     assert (report["axis"]["kind"], report["axis"]["levels"]) == ("linear", ["2", "4", "10"])
     assert report["interactions"] == []
     assert "points per unit of fusion_layer" in page.text
@@ -300,8 +294,7 @@ def test_fields_without_an_order(tmp_path):
         effect=lambda task, point, *_: 0.15 if point and point["fusion_norm"] == "layer" else 0.0,
         **{"points": points, "controls": {"baseline": {}}, "name": "fusion", "seeds": (0, 1, 2)},
     )
-    write_report(tmp_path, tmp_path / "report")
-    page, report = read(tmp_path / "report")
+    page, report = report_on(tmp_path)
     assert report["axis"]["kind"] == "categorical"
     assert any("that XNLI depends on fusion_gate · fusion_norm: omega²" in text for text in statements(report, "Shown"))
     assert all(entry["test"]["slope"] is None for entry in report["interactions"])
@@ -309,8 +302,7 @@ def test_fields_without_an_order(tmp_path):
 
 def test_one_seed_and_no_controls_are_reported_as_far_as_they_go(tmp_path):
     write_study(tmp_path, tasks=("xquad",), seeds=(0,), controls={}, clusters=4)
-    write_report(tmp_path, tmp_path / "report")
-    page, report = read(tmp_path / "report")
+    page, report = report_on(tmp_path)
     assert "the smallest possible p is 0.333" in page.text
     assert sorted(path.stem for path in (tmp_path / "report" / "figures").iterdir()) == ["curves", "scores"]
     assert not (tmp_path / "report" / "tables" / "differences.csv").exists()
@@ -318,8 +310,7 @@ def test_one_seed_and_no_controls_are_reported_as_far_as_they_go(tmp_path):
 
 def test_controls_alone_are_a_study_without_an_axis(tmp_path):
     write_study(tmp_path, points=[], seeds=(0, 1), clusters=4)
-    write_report(tmp_path, tmp_path / "report")
-    page, report = read(tmp_path / "report")
+    page, report = report_on(tmp_path)
     assert (report["axis"], report["lines"]) == (None, [])
     assert "XNLI accuracy, a difference to no OT: exact" in page.text
 
@@ -374,8 +365,7 @@ def test_markup_in_names_is_text(tmp_path):
             write_cell(tmp_path, names["study"], "xnli", names["arm"], seed, point, control, found, rng, id="x")
     folders = sorted((tmp_path / "cells").iterdir())
     assert len(folders) == 6
-    write_report(tmp_path, tmp_path / "report")
-    page, _ = read(tmp_path / "report")
+    page, _ = report_on(tmp_path)
     for name in ("Study <b>&\"'", "<i>arm</i>", "<u>$x_$", "<s>$\\alpha$", "<script>alert(1)"):
         assert name in page.text
     text = (tmp_path / "report" / "index.html").read_text()

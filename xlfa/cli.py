@@ -42,6 +42,19 @@ def main(argv: list[str] | None = None) -> None:
     exit_with_message(COMMANDS[arguments.command], argv[1:])
 
 
+def add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, what: str, example: str
+) -> argparse.ArgumentParser:
+    """A command below a sub-command; its help says what it does, and has an example."""
+    return commands.add_parser(
+        name,
+        help=what,
+        description=f"{what.capitalize()}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def _train(argv: list[str]) -> None:
     from xlfa.training import main as train_main
 

@@ -127,10 +127,7 @@ class PairSampler:
         bare = len(tokenizer("")["input_ids"])
         for language, both in texts.items():
             sources, targets = (tokenizer(list(side))["input_ids"] for side in zip(*both))
-            lengths = [
-                (min(len(source), len(target)), max(len(source), len(target)))
-                for source, target in zip(sources, targets)
-            ]
+            lengths = [sorted(map(len, pair)) for pair in zip(sources, targets)]
             kept = [
                 position
                 for position, (shorter, longer) in enumerate(lengths)

@@ -122,7 +122,11 @@ class TrunkCache:
             self._fill_part(part, positions, columns, description, wait=True)
 
     def _prepare(self, lengths: dict[bytes, int], description: str) -> None:
-        """Log what will be stored; raise `XLFAError` if the disk has no room for it."""
+        """Remove what killed writers left, and log what will be stored.
+
+        Raises:
+            XLFAError: if the disk has no room for it.
+        """
         missing = self._missing(lengths)
         if not missing:
             return
@@ -154,7 +158,7 @@ class TrunkCache:
         wait: bool,
     ) -> bool:
         """Store what is missing of a part; False if another run is at it and `wait` is not set."""
-        if not any(gather_object([bool(self._missing(keys))])):
+        if not self._missing_anywhere(keys):
             # Without the lock, which another run may hold for a minute.
             return True
         lock = FileLock(self.folder / "locks" / _name(keys))
@@ -168,7 +172,11 @@ class TrunkCache:
                 states = self._compute([positions[key] for key in missing], columns, f"trunk, {description}")
                 on_main_process(lambda: self._write(missing, states))
             self._read_files()
-            self._check_shared(keys)
+            if self._missing_anywhere(keys):
+                raise XLFAError(
+                    f"--cache_trunk: the processes see different states in {self.folder}: on several machines "
+                    "XLFA_CACHE must be a folder that all of them share"
+                )
         finally:
             lock.release()
         return True
@@ -183,13 +191,9 @@ class TrunkCache:
             raise XLFAError(f"--cache_trunk: cannot write to {self.folder}: {error}") from None
         return True
 
-    def _check_shared(self, keys: list[bytes]) -> None:
-        """Raise `XLFAError` in every process unless all of them find the states that one of them stored."""
-        if any(gather_object([bool(self._missing(keys))])):
-            raise XLFAError(
-                f"--cache_trunk: the processes see different states in {self.folder}: on several machines XLFA_CACHE "
-                "must be a folder that all of them share"
-            )
+    def _missing_anywhere(self, keys: list[bytes]) -> bool:
+        """Whether some process of the launch has not found the states of one of them."""
+        return any(gather_object([bool(self._missing(keys))]))
 
     def _missing(self, keys: Iterable[bytes]) -> list[bytes]:
         """Those that are not stored, as far as files were read."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import transformers
 
+from xlfa.cli import add_command
 from xlfa.errors import XLFAError
 from xlfa.study.grid import Plan, PlannedCell, check_models, load_plan
 from xlfa.study.leases import LEASE_SECONDS
@@ -45,23 +46,24 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="run|status|report")
-
-    def add(name: str, what: str, example: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name,
-            help=what,
-            description=f"{what.capitalize()}.",
-            epilog=f"example:\n  xlfa study {name} {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    run = add("run", "run the cells that are not finished", "STUDY.yaml --data_root DATA --workers 4")
-    status = add(
+    run = add_command(
+        commands,
+        "run",
+        "run the cells that are not finished",
+        "xlfa study run STUDY.yaml --data_root DATA --workers 4",
+    )
+    status = add_command(
+        commands,
         "status",
         "which cells are done, running, failed or waiting, and the time left",
-        "configs/study/sample.yaml --json",
+        "xlfa study status configs/study/sample.yaml --json",
     )
-    report = add("report", "a page with figures, tables and tests", "configs/study/sample.yaml")
+    report = add_command(
+        commands,
+        "report",
+        "a page with figures, tables and tests",
+        "xlfa study report configs/study/sample.yaml",
+    )
     for command in (run, status):
         command.add_argument("file", type=Path, metavar="FILE", help="the study's YAML file")
         command.add_argument(

@@ -5,6 +5,7 @@ import logging
 import sys
 
 from xlfa.backbones import naming_model
+from xlfa.cli import add_command
 from xlfa.vocabulary.augmentation import INITIALISATIONS, choose_pieces, piece_model, write_augmented
 from xlfa.vocabulary.folders import NEW_PIECES_FILE, Source, check_new_folder, new_folder
 from xlfa.vocabulary.texts import check_text_files, read_sentences
@@ -46,18 +47,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="trim|augment")
-
-    def add(name: str, what: str, example: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name,
-            help=what,
-            description=f"{what.capitalize()}.",
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    trim = add(TRIM, "keep only the pieces that texts use", TRIM_EXAMPLE)
-    augment = add("augment", "add pieces of a language", AUGMENT_EXAMPLE)
+    trim = add_command(commands, TRIM, "keep only the pieces that texts use", TRIM_EXAMPLE)
+    augment = add_command(commands, "augment", "add pieces of a language", AUGMENT_EXAMPLE)
     for command in (trim, augment):
         command.add_argument("--model", required=True, metavar="ENCODER", help="Hub id, folder or packaged: name")
         command.add_argument(
