@@ -4,6 +4,7 @@ Prints, for each task, the ratio of the norms at weight 1 and epsilon 0.1 over 2
 the study's, at a learning rate of (almost) 0: the encoder as the study starts from it. Reads no score.
 
     python results/epsilon/pilot.py ../shared/hub/datasets
+    python results/epsilon/pilot.py ../shared/hub/datasets configs/study/epsilon_gpu.yaml
 """
 
 import json
@@ -22,9 +23,9 @@ STUDY = Path(__file__).parents[2] / "configs/study/epsilon.yaml"
 SEED, EPSILON, STEPS, WANTED = 100, 0.1, 20, 1 / 3
 
 
-def main(data_root: str) -> None:
+def main(data_root: str, study: str | Path = STUDY) -> None:
     """Print the weights."""
-    plan = load_plan(STUDY, data_root)
+    plan = load_plan(Path(study), data_root)
     for task in ("xnli", "xquad"):
         of_task = [cell for cell in plan.cells if cell.task == task]
         cell = next(cell for cell in of_task if cell.point and cell.point["ot_epsilon"] == EPSILON)
@@ -39,7 +40,8 @@ def main(data_root: str) -> None:
                 ot_gradient_steps=1,
                 max_eval_examples=20,
             )
-            train(replace(model_args, fusion="none"), data_args, training_args)
+            # Trimming changes no norm, and would read all texts first.
+            train(replace(model_args, fusion="none", trim_vocab=False), data_args, training_args)
             log = json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
         ratios = [entry["ot_gradient_ratio"] for entry in log if "ot_gradient_ratio" in entry]
         low, middle, high = statistics.quantiles(ratios, n=4)
@@ -50,4 +52,4 @@ def main(data_root: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
