@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertModel
 
 from xlfa import backbones
-from xlfa.backbones import _verified_file, dequantize_q4_0, read_q4_file, resolve_encoder
+from xlfa.backbones import verified_file, dequantize_q4_0, read_q4_file, resolve_encoder
 from xlfa.errors import XLFAError
 
 PACKAGED = "packaged:multilingual-e5-small"
@@ -44,7 +44,7 @@ def packaged():
 
 @pytest.fixture(scope="module")
 def raw_tokenizer():
-    return Tokenizer.from_file(str(_verified_file(*backbones.TOKENIZER)))
+    return Tokenizer.from_file(str(verified_file(*backbones.TOKENIZER)))
 
 
 def q4_block(scale, low, high):

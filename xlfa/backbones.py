@@ -99,14 +99,14 @@ def resolve_encoder(name_or_path: str) -> str:
         raise XLFAError(f"unknown packaged encoder {name!r}: there is only {PREFIX}{MULTILINGUAL_E5_SMALL}")
     target = cache_dir() / f"{name}-v{LAYOUT_VERSION}"
     if not target.is_dir():
-        weights, tokenizer = _verified_file(*WEIGHTS), _verified_file(*TOKENIZER)
+        weights, tokenizer = verified_file(*WEIGHTS), verified_file(*TOKENIZER)
         with building_folder(target) as folder:
             write_encoder(weights, folder)
             write_tokenizer(tokenizer, folder)
     return str(target)
 
 
-def _verified_file(distribution: str, relative_path: str, sha256: str) -> Path:
+def verified_file(distribution: str, relative_path: str, sha256: str) -> Path:
     """The data file of an installed distribution, after a check of its SHA-256; the package is never imported."""
     try:
         path = Path(metadata.distribution(distribution).locate_file(relative_path))
