@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, BertModel
 
 from xlfa import backbones
-from xlfa.backbones import verified_file, dequantize_q4_0, read_q4_file, resolve_encoder
+from xlfa.backbones import dequantize_q4_0, read_q4_file, resolve_encoder, verified_file
 from xlfa.errors import XLFAError
 
 PACKAGED = "packaged:multilingual-e5-small"

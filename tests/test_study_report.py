@@ -298,6 +298,41 @@ def test_fields_without_an_order(tmp_path):
     assert report["axis"]["kind"] == "categorical"
     assert any("that XNLI depends on fusion_gate · fusion_norm: omega²" in text for text in statements(report, "Shown"))
     assert all(entry["test"]["slope"] is None for entry in report["interactions"])
+    better = "XNLI accuracy, a better value of fusion_norm, a mean over 2 other settings: layer − batch +"
+    assert any(better in text for text in statements(report, "Shown"))
+    assert not any("value of fusion_gate" in text for text in statements(report, "Shown"))
+    rows = table(tmp_path / "report", "effects")
+    assert [(row["task"], row["difference of"]) for row in rows] == [
+        (task, difference) for task in ("xnli", "xquad") for difference in ("sigmoid − literal", "layer − batch")
+    ]
+    assert "Slopes are per" not in page.text
+
+
+def test_values_of_a_field_are_compared_with_the_other_fields_alike(tmp_path):
+    # Sigmoid has no layer norm: its gate alone must not count for layer norm, nor layer norm for the other gate.
+    points = [{"fusion_gate": gate, "fusion_norm": "batch"} for gate in ("literal", "sigmoid")]
+    points.append({"fusion_gate": "literal", "fusion_norm": "layer"})
+    write_study(
+        tmp_path,
+        effect=lambda task, point, *_: 0.2 if point and point["fusion_gate"] == "sigmoid" else 0.0,
+        **{"tasks": ("xnli",), "points": points, "controls": {}, "name": "fusion", "seeds": (0, 1, 2)},
+    )
+    _, report = report_on(tmp_path)
+    scores = {own["condition"]: own["by_seed"]["accuracy"] for own in report["conditions"]}
+    literal, sigmoid, layer = (
+        scores[f"fusion_gate {gate} · fusion_norm {norm}"]
+        for gate, norm in (("literal", "batch"), ("sigmoid", "batch"), ("literal", "layer"))
+    )
+    found = {own["field"]: own for own in report["effects"]}
+    for name, other in (("fusion_gate", sigmoid), ("fusion_norm", layer)):
+        differences = [b - a for a, b in zip(literal, other)]
+        assert list(found[name]["by_seed"].values()) == pytest.approx(differences)
+        headline = found[name]["scores"]["accuracy"]["headline"]
+        assert headline["value"] == pytest.approx(sum(differences) / 3)
+        assert headline["interval"][0] < headline["value"] < headline["interval"][1]
+        assert found[name]["pairs"] == found[name]["family"] == 1
+    assert found["fusion_gate"]["scores"]["accuracy"]["headline"]["value"] > 10
+    assert abs(found["fusion_norm"]["scores"]["accuracy"]["headline"]["value"]) < 5
 
 
 def test_one_seed_and_no_controls_are_reported_as_far_as_they_go(tmp_path):

@@ -34,7 +34,7 @@ from xlfa.study.resampling import (
     interval,
     score_cells,
 )
-from xlfa.study.results import Study
+from xlfa.study.results import Study, describe_value
 from xlfa.study.significance import (
     ALPHA,
     Response,
@@ -116,6 +116,7 @@ class Analysis:
             "conditions": self.describe_conditions(),
             "interactions": self.interactions(),
             "trends": self.trends(),
+            "effects": self.effects(),
             "selection": self.selections(),
         }
 
@@ -302,6 +303,55 @@ class Analysis:
             tested = self._test(self._responses(conditions, reference))
             trends.append({"task": task, "line": line, "unit": POINTS, "reference": reference, **tested})
         return trends
+
+    def effects(self) -> list[dict[str, Any]]:
+        """What a field without an order does: each two of its values, the second minus the first, paired by seed.
+
+        A mean over the combinations of the grid's other fields that both values have, by the seeds that all of these
+        have. Empty on an axis of numbers, whose dependence `trends` describes.
+        """
+        if self.axis is None or self.axis.values is not None:
+            return []
+        fields = self.study.fields
+        points = list(itertools.product(*fields.values()))
+        effects = []
+        for (task, line), conditions in self._grid_lines().items():
+            by_point = {points[condition.level]: condition for condition in conditions}
+            for place, (name, values) in enumerate(fields.items()):
+                family = []
+                for first, second in itertools.combinations(values, 2):
+                    pairs = [
+                        (by_point[point], by_point[other])
+                        for point in by_point
+                        if point[place] == first
+                        and (other := (*point[:place], second, *point[place + 1 :])) in by_point
+                    ]
+                    effect = self._effect(pairs)
+                    if effect is not None:
+                        about = {"field": name, "first": describe_value(first), "second": describe_value(second)}
+                        family.append({"task": task, "line": line, **about, **effect})
+                _adjust(family)
+                self._add_detectable(family)
+                effects += family
+        return effects
+
+    def _effect(self, pairs: list[tuple[Condition, Condition]]) -> dict[str, Any] | None:
+        """The second of each pair minus the first, a mean over the pairs; None without a seed that all have."""
+        seeds = sorted(set.intersection(*(set(own.members) for pair in pairs for own in pair))) if pairs else []
+        if not seeds:
+            return None
+        scores = self.scores[pairs[0][0].task]
+        metric = scores.metrics[0]
+        paired = [self._paired(second, seeds, metric, first) for first, second in pairs]
+        found = estimate(*(np.mean(own, axis=0) for own in zip(*paired)))
+        headline = found.by_seed[:, scores.rows.index(HEADLINE)]
+        return {
+            "pairs": len(pairs),
+            "seeds": seeds,
+            "scores": {metric: self._rows(scores, found)},
+            "by_seed": dict(zip(map(str, seeds), headline.tolist())),
+            "p": paired_t(headline),
+        }
 
     def interactions(self) -> list[dict[str, Any]]:
         """For each two tasks and each line: whether the second one's dependence on the axis differs from the first's.

@@ -29,6 +29,7 @@ def conclude(report: dict[str, Any]) -> list[dict[str, str]]:
         for task in report["tasks"]:
             if of_line(report, task, line):
                 statements.append(_trend(report, task, line, where))
+                statements += _effects(report, task, line, where)
                 statements += _differences(report, of_line(report, task, line), where)
                 statements += _contrasts(report, of_line(report, task, line), where)
     for arm, task in itertools.product(report["arms"], report["tasks"]):
@@ -199,68 +200,93 @@ def _differences(report: dict[str, Any], conditions: list[dict[str, Any]], where
     effects = []
     for own in family:
         found = own["difference"]
-        effects.append((own, found["scores"][metric][HEADLINE] | {name: found[name] for name in ("p_holm", "seeds")}))
+        effects.append((condition_name(report, own), found | found["scores"][metric][HEADLINE]))
     baseline = control_name(family[0]["difference"]["baseline"])
-    detectable = [own["difference"]["detectable"] for own in family if own["difference"]["detectable"]]
-    least = ""
-    if detectable:
-        least = (
-            f" The smallest true difference that 4 in 5 such studies find, unadjusted: {max(detectable):.2f} points."
-        )
     words = {
         BETTER: f"better than {baseline}",
         WORSE: f"worse than {baseline}",
         NOT_SHOWN: f"a difference to {baseline}",
     }
-    return _secondary(report, effects, where, words, family[0]["difference"]["family"], least)
+    least = _least([effect for _, effect in effects])
+    return _secondary(report, family[0]["task"], effects, where, words, _unit_of(family), least)
+
+
+def _unit_of(family: list[dict[str, Any]]) -> str:
+    """What is counted in a family of conditions."""
+    return "level" if family[0]["kind"] == GRID else "control"
+
+
+def _least(effects: list[dict[str, Any]]) -> str:
+    """What a family of tests could have found."""
+    detectable = [own["detectable"] for own in effects if own["detectable"]]
+    if not detectable:
+        return ""
+    return f" The smallest true difference that 4 in 5 such studies find, unadjusted: {max(detectable):.2f} points."
+
+
+def _effects(report: dict[str, Any], task: str, line: str, where: str) -> list[dict[str, str]]:
+    """The values of each field without an order, held against each other."""
+    own = [effect for effect in report["effects"] if (effect["task"], effect["line"]) == (task, line)]
+    metric = report["tasks"][task]["metrics"][0]
+    statements = []
+    for name, family in itertools.groupby(own, key=lambda effect: effect["field"]):
+        effects = [
+            (f"{effect['second']} − {effect['first']}", effect | effect["scores"][metric][HEADLINE])
+            for effect in family
+        ]
+        pairs = {effect["pairs"] for _, effect in effects}
+        over = f", a mean over {join([str(number) for number in sorted(pairs)])} other settings" if pairs != {1} else ""
+        words = {
+            BETTER: f"a better value of {name}{over}",
+            WORSE: f"a worse value of {name}{over}",
+            NOT_SHOWN: f"a difference between values of {name}{over}",
+        }
+        statements += _secondary(report, task, effects, where, words, "pair", _least([effect for _, effect in effects]))
+    return statements
 
 
 def _contrasts(report: dict[str, Any], conditions: list[dict[str, Any]], where: str) -> list[dict[str, str]]:
     """Whether levels do more for English and German than for the other languages."""
-    effects = [
-        (own, own["difference"]["contrast"])
-        for own in conditions
-        if own["difference"] and own["difference"]["contrast"]
-    ]
-    if not effects:
+    family = [own for own in conditions if own["difference"] and own["difference"]["contrast"]]
+    if not family:
         return []
+    effects = [(condition_name(report, own), own["difference"]["contrast"]) for own in family]
     words = {
         BETTER: "better for English and German than for the others",
         WORSE: "worse for English and German than for the others",
         NOT_SHOWN: "another difference to the baseline on English and German than on the others",
     }
-    return _secondary(report, effects, where, words, effects[0][1]["family"], "")
+    return _secondary(report, family[0]["task"], effects, where, words, _unit_of(family), "")
 
 
 def _secondary(
     report: dict[str, Any],
-    effects: list[tuple[dict[str, Any], dict[str, Any]]],
+    task: str,
+    effects: list[tuple[str, dict[str, Any]]],
     where: str,
     words: dict[str, str],
-    family: int,
+    unit: str,
     least: str,
 ) -> list[dict[str, str]]:
     """A statement for each verdict that the effects of a family have.
 
     Args:
-        effects: a condition, and its effect's `value`, `interval`, `p_holm`, `seeds`.
+        effects: a name, and its effect's `value`, `interval`, `p_holm`, `family`, `seeds`.
         words: what is shown, or not, by verdict.
-        family: number of effects that were tested.
+        unit: what the effects are of.
         least: what could have been found, where nothing is shown.
     """
-    task = effects[0][0]["task"]
     metric = report["tasks"][task]["metrics"][0]
     by_verdict: dict[str, list[str]] = {}
-    for own, effect in effects:
+    for label, effect in effects:
         p, bounds, value = effect["p_holm"], effect["interval"], effect["value"]
         verdict = NOT_TESTED if p is None else SHOWN if is_shown(p, bounds) else NOT_SHOWN
         direction = {SHOWN: BETTER if value > 0 else WORSE}.get(verdict, verdict)
         by_verdict.setdefault(direction, []).append(
-            f"{condition_name(report, own)} {signed(value)} ({format_interval(bounds)}, {format_p(p)}, "
-            f"n = {len(effect['seeds'])})"
+            f"{label} {signed(value)} ({format_interval(bounds)}, {format_p(p)}, n = {len(effect['seeds'])})"
         )
     name = f"{task_name(task)} {METRIC_NAMES.get(metric, metric)}{where}"
-    adjusted = f"p adjusted (Holm) for {count(family, 'level' if effects[0][0]['kind'] == GRID else 'control')}."
+    adjusted = f"p adjusted (Holm) for {count(effects[0][1]['family'], unit)}."
     statements = []
     for direction, verdict, text, after in (
         (BETTER, SHOWN, words[BETTER], adjusted),

@@ -74,6 +74,7 @@ def make_tables(report: dict[str, Any]) -> list[Table]:
     tables = [
         tests_table(report),
         differences_table(report),
+        effects_table(report),
         scores_table(report),
         selection_table(report),
         transport_table(report),
@@ -101,7 +102,8 @@ def tests_table(report: dict[str, Any]) -> Table:
         about = [name, entry["line"], entry["unit"], entry["reference"], len(entry["seeds"]), entry["observations"]]
         slope = [test.get("slope"), low, high, test.get("slope_p"), entry["detectable"]]
         rows.append([*about, *slope, *(test.get(key) for key in names)])
-    unit = "" if report["axis"] is None else f" Slopes are per {report['axis']['unit']}."
+    axis = report["axis"]
+    unit = f" Slopes are per {axis['unit']}." if axis is not None and axis["values"] is not None else ""
     caption = (
         "Rows with two tasks are the interaction of the task with the field: of the first line and in points it is the "
         "primary test, others are secondary. The other rows are each task's own dependence on the field. None is "
@@ -143,6 +145,29 @@ def differences_table(report: dict[str, Any]) -> Table:
         f"strictest of Holm's steps. {ENF} − {NOENF}: what English and German gain more than the others."
     )
     return Table("differences", "Differences to the baseline", caption, columns, rows)
+
+
+def effects_table(report: dict[str, Any]) -> Table:
+    """Values of fields without an order against each other."""
+    columns = [
+        *(Column(name) for name in ("task", "line", "field", "difference of")),
+        *(Column("other settings", "d"), Column("seeds", "d"), Column("difference", "+.2f"), Column("low", "+.2f")),
+        *(Column("high", "+.2f"), Column("seed deviation", ".2f"), Column("p", "p"), Column("p (Holm)", "p")),
+        *(Column("detectable", ".2f"), Column(ENF, "+.2f"), Column(NOENF, "+.2f")),
+    ]
+    rows = []
+    for own in report["effects"]:
+        (scores,) = own["scores"].values()
+        about = [own["task"], own["line"], own["field"], f"{own['second']} − {own['first']}", own["pairs"]]
+        tests = [own["p"], own["p_holm"], own["detectable"]]
+        groups = [scores.get(group, {}).get("value") for group in (ENF, NOENF)]
+        rows.append([*about, len(own["seeds"]), *_four(scores[HEADLINE]), *tests, *groups])
+    caption = (
+        "Points, means over the headline languages and over the other settings of the grid that both values have, "
+        "paired by seed. p: Student's t over seeds; Holm: adjusted for the pairs of a task, line and field; "
+        "detectable: with probability 0.8 at p < 0.05."
+    )
+    return Table("effects", "Values of a field against each other", caption, columns, rows)
 
 
 def scores_table(report: dict[str, Any]) -> Table:
