@@ -302,10 +302,41 @@ def test_fields_without_an_order(tmp_path):
     assert any(better in text for text in statements(report, "Shown"))
     assert not any("value of fusion_gate" in text for text in statements(report, "Shown"))
     rows = table(tmp_path / "report", "effects")
-    assert [(row["task"], row["difference of"]) for row in rows] == [
-        (task, difference) for task in ("xnli", "xquad") for difference in ("sigmoid − literal", "layer − batch")
+    assert [(row["difference of"], row["at"]) for row in rows if row["task"] == "xnli"] == [
+        ("sigmoid − literal", ""),
+        ("sigmoid − literal", "fusion_norm batch"),
+        ("sigmoid − literal", "fusion_norm layer"),
+        ("layer − batch", ""),
+        ("layer − batch", "fusion_gate literal"),
+        ("layer − batch", "fusion_gate sigmoid"),
     ]
     assert "Slopes are per" not in page.text
+
+
+def test_a_gain_at_one_value_of_another_field_and_a_loss_at_the_other_are_both_told(tmp_path):
+    points = [
+        {"fusion_gate": gate, "fusion_norm": norm} for gate in ("literal", "sigmoid") for norm in ("none", "layer")
+    ]
+
+    def effect(task, point, *_):
+        return 0.0 if point["fusion_norm"] == "none" else 0.15 if point["fusion_gate"] == "literal" else -0.15
+
+    write_study(tmp_path, effect, ("xnli",), (0, 1, 2), points, controls={}, name="fusion")
+    _, report = report_on(tmp_path)
+    means = {own["at"]: own["scores"]["accuracy"]["headline"]["value"] for own in report["effects"]}
+    assert means["fusion_gate literal"] < -10 and means["fusion_gate sigmoid"] > 10
+    of_norm = [own for own in report["effects"] if own["field"] == "fusion_norm"]
+    assert [(own["at"], own["family"]) for own in of_norm] == [
+        (None, 1),
+        ("fusion_gate literal", 2),
+        ("fusion_gate sigmoid", 2),
+    ]
+    assert of_norm[0]["scores"]["accuracy"]["headline"]["value"] == pytest.approx(
+        sum(own["scores"]["accuracy"]["headline"]["value"] for own in of_norm[1:]) / 2
+    )
+    shown = statements(report, "Shown")
+    assert any("a worse value of fusion_norm: none − layer at fusion_gate literal −" in text for text in shown)
+    assert any("a better value of fusion_norm: none − layer at fusion_gate sigmoid +" in text for text in shown)
 
 
 def test_values_of_a_field_are_compared_with_the_other_fields_alike(tmp_path):

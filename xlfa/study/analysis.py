@@ -34,7 +34,7 @@ from xlfa.study.resampling import (
     interval,
     score_cells,
 )
-from xlfa.study.results import Study, describe_value
+from xlfa.study.results import Study, describe_point, describe_value
 from xlfa.study.significance import (
     ALPHA,
     Response,
@@ -307,8 +307,9 @@ class Analysis:
     def effects(self) -> list[dict[str, Any]]:
         """What a field without an order does: each two of its values, the second minus the first, paired by seed.
 
-        A mean over the combinations of the grid's other fields that both values have, by the seeds that all of these
-        have. Empty on an axis of numbers, whose dependence `trends` describes.
+        First a mean over the combinations of the grid's other fields that both values have, by the seeds that all of
+        these have; then, `at` each combination, its own, since a mean over a gain and a loss would hide both. Empty on
+        an axis of numbers, whose dependence `trends` describes.
         """
         if self.axis is None or self.axis.values is not None:
             return []
@@ -318,40 +319,45 @@ class Analysis:
         for (task, line), conditions in self._grid_lines().items():
             by_point = {points[condition.level]: condition for condition in conditions}
             for place, (name, values) in enumerate(fields.items()):
-                family = []
+                others = [own for own in fields if own != name]
+                means, singles = [], []
                 for first, second in itertools.combinations(values, 2):
-                    pairs = [
-                        (by_point[point], by_point[other])
-                        for point in by_point
-                        if point[place] == first
-                        and (other := (*point[:place], second, *point[place + 1 :])) in by_point
-                    ]
-                    effect = self._effect(pairs)
-                    if effect is not None:
-                        about = {"field": name, "first": describe_value(first), "second": describe_value(second)}
-                        family.append({"task": task, "line": line, **about, **effect})
-                _adjust(family)
-                self._add_detectable(family)
-                effects += family
+                    pairs = {}
+                    for point, condition in by_point.items():
+                        other = by_point.get((*point[:place], second, *point[place + 1 :]))
+                        if point[place] == first and other is not None:
+                            pairs[describe_point(dict(zip(fields, point)), others)] = (condition, other)
+                    about = {"task": task, "line": line, "field": name}
+                    about |= {"first": describe_value(first), "second": describe_value(second)}
+                    means += self._effect(list(pairs.values()), {**about, "at": None})
+                    if len(pairs) > 1:
+                        singles += [
+                            own for at, pair in pairs.items() for own in self._effect([pair], {**about, "at": at})
+                        ]
+                for family in (means, singles):
+                    _adjust(family)
+                    self._add_detectable(family)
+                    effects += family
         return effects
 
-    def _effect(self, pairs: list[tuple[Condition, Condition]]) -> dict[str, Any] | None:
-        """The second of each pair minus the first, a mean over the pairs; None without a seed that all have."""
+    def _effect(self, pairs: list[tuple[Condition, Condition]], about: dict[str, Any]) -> list[dict[str, Any]]:
+        """The second of each pair minus the first, a mean over the pairs; empty without a seed that all have."""
         seeds = sorted(set.intersection(*(set(own.members) for pair in pairs for own in pair))) if pairs else []
         if not seeds:
-            return None
+            return []
         scores = self.scores[pairs[0][0].task]
         metric = scores.metrics[0]
         paired = [self._paired(second, seeds, metric, first) for first, second in pairs]
         found = estimate(*(np.mean(own, axis=0) for own in zip(*paired)))
         headline = found.by_seed[:, scores.rows.index(HEADLINE)]
-        return {
+        effect = {
             "pairs": len(pairs),
             "seeds": seeds,
             "scores": {metric: self._rows(scores, found)},
             "by_seed": dict(zip(map(str, seeds), headline.tolist())),
             "p": paired_t(headline),
         }
+        return [about | effect]
 
     def interactions(self) -> list[dict[str, Any]]:
         """For each two tasks and each line: whether the second one's dependence on the axis differs from the first's.

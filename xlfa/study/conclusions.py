@@ -229,19 +229,23 @@ def _effects(report: dict[str, Any], task: str, line: str, where: str) -> list[d
     own = [effect for effect in report["effects"] if (effect["task"], effect["line"]) == (task, line)]
     metric = report["tasks"][task]["metrics"][0]
     statements = []
-    for name, family in itertools.groupby(own, key=lambda effect: effect["field"]):
+    for (name, is_mean), group in itertools.groupby(own, key=lambda effect: (effect["field"], effect["at"] is None)):
+        family = list(group)
         effects = [
-            (f"{effect['second']} − {effect['first']}", effect | effect["scores"][metric][HEADLINE])
+            (
+                f"{effect['second']} − {effect['first']}" + ("" if is_mean else f" at {effect['at']}"),
+                effect | effect["scores"][metric][HEADLINE],
+            )
             for effect in family
         ]
-        pairs = {effect["pairs"] for _, effect in effects}
-        over = f", a mean over {join([str(number) for number in sorted(pairs)])} other settings" if pairs != {1} else ""
+        pairs = sorted({effect["pairs"] for effect in family})
+        over = "" if pairs == [1] else f", a mean over {join([str(number) for number in pairs])} other settings"
         words = {
             BETTER: f"a better value of {name}{over}",
             WORSE: f"a worse value of {name}{over}",
             NOT_SHOWN: f"a difference between values of {name}{over}",
         }
-        statements += _secondary(report, task, effects, where, words, "pair", _least([effect for _, effect in effects]))
+        statements += _secondary(report, task, effects, where, words, "pair", _least(family))
     return statements
 
 

@@ -150,7 +150,7 @@ def differences_table(report: dict[str, Any]) -> Table:
 def effects_table(report: dict[str, Any]) -> Table:
     """Values of fields without an order against each other."""
     columns = [
-        *(Column(name) for name in ("task", "line", "field", "difference of")),
+        *(Column(name) for name in ("task", "line", "field", "difference of", "at")),
         *(Column("other settings", "d"), Column("seeds", "d"), Column("difference", "+.2f"), Column("low", "+.2f")),
         *(Column("high", "+.2f"), Column("seed deviation", ".2f"), Column("p", "p"), Column("p (Holm)", "p")),
         *(Column("detectable", ".2f"), Column(ENF, "+.2f"), Column(NOENF, "+.2f")),
@@ -158,13 +158,14 @@ def effects_table(report: dict[str, Any]) -> Table:
     rows = []
     for own in report["effects"]:
         (scores,) = own["scores"].values()
-        about = [own["task"], own["line"], own["field"], f"{own['second']} − {own['first']}", own["pairs"]]
+        about = [own["task"], own["line"], own["field"], f"{own['second']} − {own['first']}", own["at"], own["pairs"]]
         tests = [own["p"], own["p_holm"], own["detectable"]]
         groups = [scores.get(group, {}).get("value") for group in (ENF, NOENF)]
         rows.append([*about, len(own["seeds"]), *_four(scores[HEADLINE]), *tests, *groups])
     caption = (
-        "Points, means over the headline languages and over the other settings of the grid that both values have, "
-        "paired by seed. p: Student's t over seeds; Holm: adjusted for the pairs of a task, line and field; "
+        "Points, means over the headline languages, paired by seed; first means over the other settings of the grid "
+        "that both values have, then at each of these. p: Student's t over seeds; Holm: adjusted for the rows of a "
+        "task, line and field, means and single ones apart; "
         "detectable: with probability 0.8 at p < 0.05."
     )
     return Table("effects", "Values of a field against each other", caption, columns, rows)
