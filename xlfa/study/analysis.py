@@ -34,7 +34,7 @@ from xlfa.study.resampling import (
     interval,
     score_cells,
 )
-from xlfa.study.results import Study, describe_point, describe_value
+from xlfa.study.results import Study, Value, describe_point, describe_value
 from xlfa.study.significance import (
     ALPHA,
     Response,
@@ -313,32 +313,36 @@ class Analysis:
         """
         if self.axis is None or self.axis.values is not None:
             return []
-        fields = self.study.fields
-        points = list(itertools.product(*fields.values()))
         effects = []
         for (task, line), conditions in self._grid_lines().items():
-            by_point = {points[condition.level]: condition for condition in conditions}
-            for place, (name, values) in enumerate(fields.items()):
-                others = [own for own in fields if own != name]
+            for name, values in self.study.fields.items():
                 means, singles = [], []
                 for first, second in itertools.combinations(values, 2):
-                    pairs = {}
-                    for point, condition in by_point.items():
-                        other = by_point.get((*point[:place], second, *point[place + 1 :]))
-                        if point[place] == first and other is not None:
-                            pairs[describe_point(dict(zip(fields, point)), others)] = (condition, other)
                     about = {"task": task, "line": line, "field": name}
                     about |= {"first": describe_value(first), "second": describe_value(second)}
+                    pairs = self._pairs(conditions, name, first, second)
                     means += self._effect(list(pairs.values()), {**about, "at": None})
                     if len(pairs) > 1:
-                        singles += [
-                            own for at, pair in pairs.items() for own in self._effect([pair], {**about, "at": at})
-                        ]
+                        for at, pair in pairs.items():
+                            singles += self._effect([pair], {**about, "at": at})
                 for family in (means, singles):
                     _adjust(family)
                     self._add_detectable(family)
                     effects += family
         return effects
+
+    def _pairs(
+        self, line: list[Condition], name: str, first: Value, second: Value
+    ) -> dict[str, tuple[Condition, Condition]]:
+        """Conditions that differ in one field alone, with its first and second value, by what the others are."""
+        fields = self.study.fields
+        points = [dict(zip(fields, values)) for values in itertools.product(*fields.values())]
+        others = [own for own in fields if own != name]
+        one, other = (
+            {describe_point(points[own.level], others): own for own in line if points[own.level][name] == value}
+            for value in (first, second)
+        )
+        return {at: (one[at], other[at]) for at in one if at in other}
 
     def _effect(self, pairs: list[tuple[Condition, Condition]], about: dict[str, Any]) -> list[dict[str, Any]]:
         """The second of each pair minus the first, a mean over the pairs; empty without a seed that all have."""
