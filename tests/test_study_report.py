@@ -415,6 +415,18 @@ def test_the_number_of_training_examples_may_be_left_open(tmp_path):
     assert "trained on local/nli-en, scored on" in report_on(folder)[0].text
 
 
+def test_as_many_examples_of_each_language_are_one_number(tmp_path):
+    folder = write_study(tmp_path / "study", tasks=["xnli"], seeds=[0])
+    page, report = report_on(folder)
+    number = report["tasks"]["xnli"]["examples"]
+    for path in folder.glob("cells/*/result.json"):
+        result = json.loads(path.read_text())
+        result["scores"] |= {"examples": dict.fromkeys(report["tasks"]["xnli"]["languages"], number)}
+        path.write_text(json.dumps(result))
+    assert f"scored on {number} examples a language in" in page.text
+    assert f"scored on {number} examples a language in" in report_on(folder)[0].text
+
+
 def test_one_test_of_three_tasks_is_the_primary_one(tmp_path):
     _, report = report_on(write_study(tmp_path, tasks=("xnli", "xquad", "pawsx"), seeds=(0, 1), clusters=4))
     assert len({tuple(entry["tasks"]) for entry in report["interactions"]}) == 3

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from xlfa.scores import describe_examples
 from xlfa.study.analysis import DEVIATIONS, POINTS
 from xlfa.study.conditions import CONTROL, GRID
 from xlfa.study.figures import METRIC_NAMES, condition_name, control_name, of_line, task_name
@@ -93,13 +94,9 @@ def _setting(report: dict[str, Any]) -> str:
         trained = join([str(name) for name in own["train_dataset"]] or ["the task's own training set"])
         limits = [f"{number:,}" for number in own["max_train_examples"]]
         most = f", at most {join(limits)} examples of it" if limits else ""
-        examples = report["tasks"][task]["examples"]
-        scored = (
-            f"{examples:,}" if isinstance(examples, int) else f"{min(examples.values())} to {max(examples.values())}"
-        )
         parts.append(
-            f"{task_name(task)}: trained on {trained}{most}, scored on {scored} "
-            f"examples a language in {len(report['tasks'][task]['languages'])} languages."
+            f"{task_name(task)}: trained on {trained}{most}, scored on {describe_examples(report['tasks'][task])} in "
+            f"{len(report['tasks'][task]['languages'])} languages."
         )
     parts.append(f"The headline is the mean over {' '.join(report['headline'])}.")
     if report["missing"] or report["unfinished"]:
