@@ -20,7 +20,9 @@ def load_encoder(name_or_path: str, text_config: PretrainedConfig) -> PreTrained
     encoder_class = MODEL_MAPPING[type(text_config)]
     has_pooler = "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters
     options = {"add_pooling_layer": False} if has_pooler else {}
-    return encoder_class.from_pretrained(name_or_path, config=text_config, dtype=torch.float32, **options)
+    return encoder_class.from_pretrained(
+        name_or_path, config=text_config, dtype=torch.float32, use_safetensors=True, **options
+    )
 
 
 def encoder_layers(encoder: PreTrainedModel) -> nn.ModuleList:
@@ -104,16 +106,19 @@ def _layers_only(
 
     owner, name = _place_of_layers(encoder)
     layers = getattr(owner, name)
-    if first and getattr(owner, "conv", None) is not None:
+    if (first or last == 1) and getattr(owner, "conv", None) is not None:
         raise ValueError(
             f"this {encoder.config.model_type!r} encoder has a convolution after its first layer: it cannot start from "
-            f"the states of layer {first}"
+            "stored states (freeze_layers), nor end there (ot_layer 0 or 1)"
         )
     if HOOKS_ARE_CHECKPOINTED and encoder.is_gradient_checkpointing and layers[last - 1].training:
         raise ValueError(
             "gradient checkpointing of a part of the encoder (ot_layer below the last one, or stored states of frozen "
             "layers) needs a newer transformers: pip install --upgrade transformers"
         )
+    if states is not None and getattr(layers[first], "gradient_checkpointing", False) and torch.is_grad_enabled():
+        # Reentrant checkpointing cuts the graph of a layer none of whose inputs has a gradient.
+        states = states.detach().requires_grad_()
     hooks = [layers[last - 1].register_forward_hook(keep)]
     if states is not None:
         hooks.append(layers[first].register_forward_pre_hook(start, with_kwargs=True))

@@ -91,8 +91,7 @@ class AIF(nn.Module):
 
     def attention(self, states: torch.Tensor, mask: torch.Tensor, update_statistics: bool = True) -> torch.Tensor:
         """sigmoid(W_global + W_local), with a bias where there is one, B x T x E, in (0, 1)."""
-        weights = mask.unsqueeze(-1).to(states.dtype)
-        pooled = (states * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+        pooled = mean_over_tokens(states, mask)
         not_empty = mask.any(dim=1, keepdim=True)
         global_part = self.global_branch(pooled, not_empty, update_statistics)
         logits = global_part + self.local_branch(states, mask, update_statistics)
@@ -247,6 +246,16 @@ def build_fusion(config: XLFAConfig) -> ScalarMix | DLFA | AFF | None:
     if config.fusion == "aff":
         return AFF(config.hidden_size, **options)
     return DLFA(config.hidden_size, gate=config.fusion_gate, **options)
+
+
+def mean_over_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean of `states`, B x T x E, where `mask`, B x T, is not 0: B x 1 x E; 0 where it is 0 throughout.
+
+    Summed in float32 at least: a sum of float16 may overflow, and a number of tokens above 256 is rounded in bfloat16.
+    """
+    weights = mask.unsqueeze(-1).to(torch.promote_types(states.dtype, torch.float32))
+    means = (states * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+    return means.to(states.dtype)
 
 
 def _build_layer_norm(channels: int, layer_norm: bool) -> nn.Module:

@@ -1,6 +1,7 @@
 """XLFA models: an encoder with feature aggregation, an alignment term in `forward`, and three heads."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_xlfa import XLFAConfig
 from .encoder_xlfa import encoder_layers, load_encoder, run_layers
-from .fusion_xlfa import AIF, ScalarMix, build_fusion
+from .fusion_xlfa import AIF, ScalarMix, build_fusion, mean_over_tokens
 from .outputs_xlfa import (
     XLFAClassifierOutput,
     XLFAModelOutput,
@@ -76,7 +77,7 @@ class XLFAPreTrainedModel(PreTrainedModel):
         ```
         """
         attn_implementation = config_fields.pop("attn_implementation", None)
-        text_config = AutoConfig.from_pretrained(name_or_path)
+        text_config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         if text_config.model_type == XLFAConfig.model_type:
             raise ValueError(f"{name_or_path!r} is an XLFA checkpoint: load it with from_pretrained")
         for field, value in (encoder_config or {}).items():
@@ -89,7 +90,6 @@ class XLFAPreTrainedModel(PreTrainedModel):
             config_fields["attn_implementation"] = attn_implementation
         model = cls(XLFAConfig(text_config=text_config, **config_fields))
         model.base_model.encoder.load_state_dict(load_encoder(name_or_path, text_config).state_dict())
-        model.base_model.freeze_trunk()
         return model
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
@@ -120,7 +120,8 @@ class XLFAModel(XLFAPreTrainedModel):
 
     def __init__(self, config: XLFAConfig):
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config.text_config)
+        # In the type that fusion and head are built in, whatever the encoder was published in.
+        self.encoder = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
         if hasattr(self.encoder, "pooler"):
             # Unused: without a gradient it would break distributed training.
             self.encoder.pooler = None
@@ -128,10 +129,6 @@ class XLFAModel(XLFAPreTrainedModel):
             # DistilBERT's class names none; within a layer the terms of a sum would land on different devices.
             layers = (module for module in self.encoder.modules() if isinstance(module, GradientCheckpointingLayer))
             self.encoder._no_split_modules = sorted({type(layer).__name__ for layer in layers})
-        self.fusion = build_fusion(config)
-        if self.fusion is not None:
-            # For device_map: a fusion reads several layers at once. FSDP refuses names of classes that are not there.
-            self._no_split_modules = [type(self.fusion).__name__]
         # A table of weights by piece, saved with the model; training fills it from the parallel text.
         self.register_buffer(
             "ot_idf", torch.ones(self.encoder.config.vocab_size) if config.ot_marginals == "idf" else None
@@ -141,7 +138,17 @@ class XLFAModel(XLFAPreTrainedModel):
         # Where a trainer has stored states of the trunk: called with the inputs of the encoder, it gives layer → states
         # of the layers that are needed up to `freeze_layers`, and the encoder goes on from there.
         self.stored_trunk: Callable[[dict[str, torch.Tensor]], dict[int, torch.Tensor]] | None = None
-        self.post_init()
+        # From random numbers of its own: the head, which is built next, gets the same first weights with a fusion and
+        # without it, so that runs of one seed are comparable.
+        with fork_generator(torch.device("cpu")):
+            # The CPU's alone: torch.manual_seed would seed those of the devices, which are not put back.
+            torch.default_generator.manual_seed(int(torch.randint(2**62, (), device="cpu")))
+            self.fusion = build_fusion(config)
+            if self.fusion is not None:
+                # For device_map: a fusion reads several layers at once. FSDP refuses names of absent classes.
+                self._no_split_modules = [type(self.fusion).__name__]
+            self.post_init()
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> "XLFAModel":
         """As in torch, but the trunk (`freeze_layers`) stays in evaluation mode and without gradient."""
@@ -208,6 +215,7 @@ class XLFAModel(XLFAPreTrainedModel):
             parts["ot_loss"], result = self.align(
                 _Sentences(source_input_ids, source_attention_mask, source_special_tokens_mask),
                 _Sentences(target_input_ids, target_attention_mask, target_special_tokens_mask),
+                beside_task=input_ids is not None or inputs_embeds is not None,
             )
             parts["ot_statistics"] = transport_statistics(result, self.config.ot_solver)
         elif (source_input_ids is None) != (target_input_ids is None):
@@ -215,11 +223,8 @@ class XLFAModel(XLFAPreTrainedModel):
         if input_ids is not None or inputs_embeds is not None:
             optional = {"token_type_ids": token_type_ids, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
             if attention_mask is None:
-                attention_mask = torch.ones(
-                    (input_ids if inputs_embeds is None else inputs_embeds).shape[:2],
-                    dtype=torch.long,
-                    device=self.device,
-                )
+                given = input_ids if inputs_embeds is None else inputs_embeds
+                attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
             inputs |= {name: value for name, value in optional.items() if value is not None}
             if output_attentions:
@@ -238,8 +243,13 @@ class XLFAModel(XLFAPreTrainedModel):
         start = self.config.ot_epsilon_start or self.config.ot_epsilon
         return start ** (1 - self.ot_progress) * self.config.ot_epsilon**self.ot_progress
 
-    def align(self, source: "_Sentences", target: "_Sentences") -> tuple[torch.Tensor, TransportResult]:
+    def align(
+        self, source: "_Sentences", target: "_Sentences", beside_task: bool = False
+    ) -> tuple[torch.Tensor, TransportResult]:
         """The alignment term of a batch of pairs and what the solver did.
+
+        Args:
+            beside_task: whether a task batch follows, which is to see the same dropout as without the term.
 
         Raises:
             ValueError: for different numbers of source and target sentences.
@@ -250,7 +260,7 @@ class XLFAModel(XLFAPreTrainedModel):
             raise ValueError(
                 f"source_input_ids has {numbers[0]} sentences and target_input_ids {numbers[1]}: pair them"
             )
-        input_ids, states, mask = self._alignment_states(source, target)
+        input_ids, states, mask = self._alignment_states(source, target, beside_task)
         marginal = self._marginals(input_ids, states, mask)
         pairs = source.input_ids.shape[0]
         return alignment_loss(
@@ -283,7 +293,7 @@ class XLFAModel(XLFAPreTrainedModel):
         return weights / weights.sum(dim=1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
     def _alignment_states(
-        self, source: "_Sentences", target: "_Sentences"
+        self, source: "_Sentences", target: "_Sentences", beside_task: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ids, states of `ot_layer` and mask of alignable tokens, source sentences first; one encoder call for both."""
         length = max(source.input_ids.shape[1], target.input_ids.shape[1])
@@ -294,11 +304,7 @@ class XLFAModel(XLFAPreTrainedModel):
 
         layer = self.config.ot_layer
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        # Dropout of the alignment sequences draws from a copy of the generator, so that the task batches of a run see
-        # the same dropout with the term and without it.
-        kind = input_ids.device.type if input_ids.device.type in ("cuda", "xpu") else None
-        devices = [] if kind is None else [input_ids.device]
-        with torch.random.fork_rng(devices, enabled=self.training, device_type=kind):
+        with fork_generator(input_ids.device) if beside_task and self.training else nullcontext():
             if layer == "fused":
                 encoded, _ = self._encode(inputs, self.fused_layers)
                 states = self._fuse(encoded, attention_mask, update_statistics=False)
@@ -413,16 +419,10 @@ class XLFAForQuestionAnswering(XLFAPreTrainedModel):
         if encoded.last_hidden_state is not None:
             start_logits, end_logits = self.qa_outputs(self.dropout(encoded.last_hidden_state)).unbind(-1)
         if start_logits is not None and start_positions is not None and end_positions is not None:
-            # A position past the window's end counts as none: it is set to the first index there and ignored.
-            past_end = start_logits.shape[1]
-            criterion = CrossEntropyLoss(ignore_index=past_end)
-            # No answer stands in padding, on whose length the loss would depend.
-            start_scores, end_scores = (
-                _without_padding(_at_least_float32(logits), attention_mask) for logits in (start_logits, end_logits)
-            )
-            start_loss = criterion(start_scores, start_positions.clamp(max=past_end))
-            end_loss = criterion(end_scores, end_positions.clamp(max=past_end))
-            task_loss = (start_loss + end_loss) / 2
+            task_loss = (
+                _position_loss(start_logits, start_positions, attention_mask)
+                + _position_loss(end_logits, end_positions, attention_mask)
+            ) / 2
         output = XLFAQuestionAnsweringOutput(
             loss=self.combine_losses(task_loss, encoded.ot_loss),
             start_logits=start_logits,
@@ -523,8 +523,7 @@ class XLFAForSequenceClassification(_XLFAClassifier):
             return states[:, 0]
         if attention_mask is None:
             return states.mean(dim=1)
-        weights = attention_mask.unsqueeze(-1).to(states.dtype)
-        return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        return mean_over_tokens(states, attention_mask).squeeze(1)
 
 
 class XLFAForTokenClassification(_XLFAClassifier):
@@ -538,10 +537,28 @@ def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _without_padding(logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    if attention_mask is None:
-        return logits
-    return logits.masked_fill(attention_mask == 0, torch.finfo(logits.dtype).min)
+def _position_loss(logits: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Cross-entropy of positions, B, among the tokens, logits B x T; one outside of them counts as none."""
+    # The first index past the window stands for none.
+    none = logits.shape[1]
+    inside = (positions >= 0) & (positions < none)
+    scores = _at_least_float32(logits)
+    if attention_mask is not None:
+        # No answer stands in padding, on whose length the loss would depend.
+        scores = scores.masked_fill(attention_mask == 0, torch.finfo(scores.dtype).min)
+        inside = inside & (attention_mask.gather(1, positions.clamp(0, none - 1).unsqueeze(1)).squeeze(1) != 0)
+    return CrossEntropyLoss(ignore_index=none)(scores, torch.where(inside, positions, none))
+
+
+def fork_generator(device: torch.device) -> AbstractContextManager:
+    """A context whose random numbers leave the generators of the CPU and of `device` as they were.
+
+    Dropout of alignment sequences draws from such a copy, so that the task batches of a run see the same dropout with
+    the term and without it.
+    """
+    kind = device.type if device.type in ("cuda", "xpu") else None
+    # Older torch reads the name of the kind even where it forks no device of it.
+    return torch.random.fork_rng([] if kind is None else [device], device_type=kind or "cuda")
 
 
 def _pad_to(tensor: torch.Tensor, length: int, value: int) -> torch.Tensor:

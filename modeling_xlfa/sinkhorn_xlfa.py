@@ -65,7 +65,7 @@ class TransportResult:
     Attributes:
         value: B, OT_eps as its dual value; differentiable in the cost.
         source_potential, target_potential: B x n and B x m, f and g in units of the cost; 0 where there is no token.
-        iterations: B, sweeps and Newton steps until convergence (0 for the closed forms).
+        iterations: B, sweeps until convergence, Newton steps not counted (0 for the closed forms).
         marginal_error: B, ||P 1 - a||_1 + ||P^T 1 - b||_1; with soft marginals a exp(-f / tau) takes the place of a.
         converged: B, whether the error came below the tolerance (of the self terms too, where the value is debiased).
         plan_entropy: B, mean entropy in nats of the plan's rows as distributions over the target tokens.

@@ -102,8 +102,20 @@ def test_an_encoder_with_the_parts_of_its_layers_in_several_lists_is_refused():
 def test_a_convolution_after_the_first_layer_is_not_left_out():
     encoder = AutoModel.from_config(DebertaV2Config(**SIZES, conv_kernel_size=3)).eval()
     states, _ = run_layers(encoder, task_inputs(), [1])
-    with pytest.raises(ValueError, match="convolution .* layer 1"):
+    with pytest.raises(ValueError, match="convolution .* stored states"):
         run_layers(encoder, task_inputs(), [], first=1, states=states[1])
+    with pytest.raises(ValueError, match="convolution .*ot_layer"):
+        run_layers(encoder, task_inputs(), [], last=1)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_layers_above_stored_states_have_gradients_under_checkpointing(bert_config, use_reentrant):
+    encoder = AutoModel.from_config(bert_config).train()
+    stored = run_layers(encoder, task_inputs(), [1])[0][1].detach()
+    encoder.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    states, _ = run_layers(encoder, task_inputs(), [], first=1, states=stored)
+    states[bert_config.num_hidden_layers].sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.encoder.layer[1:].parameters())
 
 
 def test_layers_are_not_computed_again_without_their_hooks(bert_config, monkeypatch):

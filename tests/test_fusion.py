@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 
 from modeling_xlfa import AFF, AIF, DLFA, ScalarMix, XLFAConfig, XLFAModel
-from modeling_xlfa.fusion_xlfa import MaskedBatchNorm, build_fusion
+from modeling_xlfa.fusion_xlfa import MaskedBatchNorm, build_fusion, mean_over_tokens
 
 BATCH, LENGTH, CHANNELS = 5, 7, 8
 
@@ -267,3 +267,8 @@ def test_parameter_counts_are_as_documented(fields, formula, number):
         count = sum(parameter.numel() for parameter in module.parameters())
         assert count == formula(size, size // reduction, depth)
         assert count == number or size != 384
+
+
+def test_the_mean_over_tokens_does_not_overflow_in_half_precision():
+    states = torch.full((1, 400, 2), 200.0, dtype=torch.float16)
+    assert mean_over_tokens(states, torch.ones(1, 400)).tolist() == [[[200.0, 200.0]]]

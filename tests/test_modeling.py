@@ -313,6 +313,51 @@ def test_switching_the_term_on_changes_no_statistics_and_no_dropout(bert_config,
     assert all(torch.equal(buffers[name], buffers_with[name]) for name in buffers)
 
 
+def test_pairs_alone_see_another_dropout_in_every_call(bert_config):
+    model = XLFAModel(XLFAConfig(text_config=bert_config, ot_weight=1.0)).train()
+    losses = [model(**pair_inputs()).ot_loss.item() for _ in range(3)]
+    assert len(set(losses)) == 3
+
+
+def test_a_head_starts_from_the_same_weights_with_any_fusion(bert_config):
+    heads, draws = [], []
+    for fields in (
+        {"fusion": "none"},
+        {"fusion": "dlfa"},
+        {"fusion": "dlfa", "fusion_reduction": 8},
+        {"fusion": "aff"},
+    ):
+        torch.manual_seed(0)
+        heads.append(XLFAForSequenceClassification(XLFAConfig(text_config=bert_config, **fields)).classifier.weight)
+        draws.append(torch.rand(3))
+    assert all(torch.equal(heads[0], other) for other in heads[1:])
+    assert all(torch.equal(draws[0], other) for other in draws[1:])
+
+
+def test_an_encoder_published_in_half_precision_makes_a_model_of_one_type(bert_config):
+    bert_config.dtype = torch.bfloat16
+    model = XLFAForSequenceClassification(XLFAConfig(text_config=bert_config))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.isfinite(model(**task_inputs()).logits).all()
+
+
+def test_the_trunk_is_frozen_before_anybody_calls_train(bert_config):
+    model = XLFAForSequenceClassification(XLFAConfig(text_config=bert_config, freeze_layers=2))
+    lower, upper = model.xlfa.encoder.encoder.layer[0], model.xlfa.encoder.encoder.layer[2]
+    assert (lower.training, upper.training) == (False, True)
+    assert not any(parameter.requires_grad for parameter in lower.parameters())
+    assert all(parameter.requires_grad for parameter in upper.parameters())
+
+
+def test_positions_in_padding_and_negative_ones_do_not_count(bert_config):
+    model = XLFAForQuestionAnswering(XLFAConfig(text_config=bert_config)).eval()
+    inputs = {"input_ids": torch.arange(8).view(2, 4), "attention_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])}
+    expected = model(**inputs, start_positions=torch.tensor([9, 2]), end_positions=torch.tensor([9, 2])).loss
+    for outside in (3, -100):
+        positions = torch.tensor([outside, 2])
+        torch.testing.assert_close(model(**inputs, start_positions=positions, end_positions=positions).loss, expected)
+
+
 def test_answers_outside_the_window_and_padding_do_not_count(bert_config):
     model = XLFAForQuestionAnswering(XLFAConfig(text_config=bert_config)).eval()
     inputs = task_inputs(XLFAForQuestionAnswering)
