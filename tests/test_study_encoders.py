@@ -108,6 +108,16 @@ def test_texts_are_read_once_a_study(plan, monkeypatch):
     assert Encoders(plan).encoder(plan.cells[-1 if plan.cells[-1].control != "whole" else 0]) == first
 
 
+def test_texts_are_read_again_for_other_retrieval_languages(plan):
+    first = Encoders(plan)
+    first.encoder(plan.cells[0])
+    for cell in plan.cells:
+        cell.settings["retrieval"] = None
+    without = Encoders(plan)
+    without.encoder(plan.cells[0])
+    assert len(list((plan.output_dir / "vocabulary").iterdir())) == 2
+
+
 def test_retrieval_before_training_is_measured_once_a_study(plan, monkeypatch):
     Encoders(plan).prepare()
     (path,) = (plan.output_dir / "retrieval_before").iterdir()

@@ -168,6 +168,7 @@ def test_a_layer_stays_a_number(load):
         ({"controls": {"c": {"ot_wieght": 0}}}, "controls.c.ot_wieght: there is no flag"),
         ({"controls": [1]}, r"controls: \[1\] must be a mapping"),
         ({"grid": {"ot_epsilon": 0.1}}, "grid.ot_epsilon: 0.1 must be a list of values"),
+        ({"grid": {"parallel_languages": [["de"], ["de", "fr"]]}}, r"parallel_languages: \['de'\] is no single value"),
         ({"grid": [{"epsilon": [1]}]}, r"grid\[0\].epsilon: there is no flag --epsilon"),
         ({"grid": None, "controls": None}, "grid: there is neither a grid nor a control"),
         ({"grid": {"ot_solver": ["fast"]}}, "cell xnli-main-ot_solver_fast-s0: .*ot_solver.*: invalid choice: 'fast'"),

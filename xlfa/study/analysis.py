@@ -414,7 +414,9 @@ class Analysis:
         found = []
         for (task, line), every in self._grid_lines().items():
             scores = self.scores[task]
-            seeds = sorted(max((own.members for own in every), key=len))
+            # Of those that two levels have at least: there is nothing to choose from one.
+            shared = [own.members.keys() & other.members.keys() for own, other in itertools.combinations(every, 2)]
+            seeds = sorted(max(shared, key=len, default=()))
             conditions = [own for own in every if own.members.keys() >= set(seeds)]
             if len(conditions) < 2 or not seeds or TARGETS not in scores.groups:
                 continue

@@ -215,10 +215,20 @@ def _unit_of(family: list[dict[str, Any]]) -> str:
 
 def _least(effects: list[dict[str, Any]]) -> str:
     """What a family of tests could have found."""
-    detectable = [own["detectable"] for own in effects if own["detectable"]]
-    if not detectable:
+    # A level of few seeds does not say what those of more could have found.
+    by_seeds: dict[int, float] = {}
+    for own in effects:
+        if own["detectable"]:
+            by_seeds[len(own["seeds"])] = max(own["detectable"], by_seeds.get(len(own["seeds"]), 0.0))
+    if not by_seeds:
         return ""
-    return f" The smallest true difference that 4 in 5 such studies find, unadjusted: {max(detectable):.2f} points."
+    found = join(
+        [
+            f"{points:.2f} points" + (f" with {count(seeds, 'seed')}" if len(by_seeds) > 1 else "")
+            for seeds, points in sorted(by_seeds.items(), reverse=True)
+        ]
+    )
+    return f" The smallest true difference that 4 in 5 such studies find, unadjusted: {found}."
 
 
 def _effects(report: dict[str, Any], task: str, line: str, where: str) -> list[dict[str, str]]:

@@ -64,6 +64,8 @@ class Encoders:
         cells = [cell for cell in self.plan.cells if cell.settings["train"]["model"] == model]
         cells = [cell for cell in cells if cell.settings["train"].get("trim_vocab", False)]
         sources = self._text_sources(cells)
+        retrieval = cells[0].settings["retrieval"]
+        key = [model, sorted(sources), retrieval and (retrieval.get("languages") or list(CONFIGS))]
         with naming_model(model):
             source = Source.open(model)
 
@@ -71,7 +73,7 @@ class Encoders:
             logger.info("vocabulary of %s: reading all texts of the study, once", model)
             return kept_ids(source, self._texts(sources, cells))
 
-        return trimmed_encoder(source, self._once(VOCABULARY_FOLDER, [model, sorted(sources)], read))
+        return trimmed_encoder(source, self._once(VOCABULARY_FOLDER, key, read))
 
     def _text_sources(self, cells: list[PlannedCell]) -> dict[str, PlannedCell]:
         """A cell for each combination of data that are read."""

@@ -173,7 +173,9 @@ def check_models(plan: Plan) -> None:
         try:
             with naming_model(model_args.model):
                 if model_args.model not in encoders:
-                    encoders[model_args.model] = AutoConfig.from_pretrained(resolve_encoder(model_args.model))
+                    encoders[model_args.model] = AutoConfig.from_pretrained(
+                        resolve_encoder(model_args.model), trust_remote_code=False
+                    )
                 given = model_args.config_fields()
                 given.pop("attn_implementation", None)
                 if model_args.encoder_config is not None:
@@ -263,6 +265,11 @@ class _Reader:
             for name, values in part.items():
                 if not isinstance(values, list) or not values:
                     self.refuse(f"{place}.{name}", f"{values!r} must be a list of values")
+                for value in values:
+                    if isinstance(value, (list, dict)):
+                        self.refuse(
+                            f"{place}.{name}", f"{value!r} is no single value: name an arm for each such setting"
+                        )
             found.append([dict(zip(part, values)) for values in itertools.product(*part.values())])
         return found
 
