@@ -94,6 +94,10 @@ def test_the_standard_streams_are_read_and_written(model, monkeypatch, capsys):
         ),
         ('{"question": " ", "context": "a"}', "line 2: the field 'question' must be text that is not empty"),
         ('{"question": 3, "context": "a"}', "line 2: the field 'question' must be text that is not empty, not 3"),
+        (
+            r'{"question": "a\ud800", "context": "b"}',
+            "line 2: the field 'question' is not valid Unicode at character 1",
+        ),
     ],
 )
 def test_bad_lines_are_named_and_leave_no_output(model, tmp_path, line, message):
@@ -113,6 +117,9 @@ def test_bad_lines_are_named_and_leave_no_output(model, tmp_path, line, message)
         (["--question", "who?", "--context", " "], "the command line: the field 'context'"),
         ([], "give either --question"),
         (["--input", "-", "--max_length", "50"], "--max_length 50 leaves no room for a context"),
+        (["--input", "-", "--max_length", "-1"], "--max_length -1: at least 1"),
+        (["--input", "-", "--doc_stride", "-1"], "--doc_stride -1: at least 0"),
+        (["--input", "a.jsonl", "--output", "./a.jsonl"], "--output ./a.jsonl is the file that is read"),
     ],
 )
 def test_bad_arguments_are_named(model, monkeypatch, flags, message):
@@ -120,6 +127,19 @@ def test_bad_arguments_are_named(model, monkeypatch, flags, message):
     with pytest.raises(XLFAError) as error:
         answering.main(["--model", model, *flags])
     assert message in str(error.value)
+
+
+def test_a_question_that_is_cut_is_named(model, tmp_path, capsys, caplog):
+    path = tmp_path / "questions.jsonl"
+    rows = [
+        {"id": "short", "question": "who?", "context": "a"},
+        {"id": "long", "question": "who " * 65, "context": "a"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answering.main(["--model", model, "--input", str(path)])
+    assert [record.message for record in caplog.records if "cut" in record.message] == [
+        "question long is cut to its first 64 tokens"
+    ]
 
 
 def test_another_head_is_refused(tiny_encoder, tmp_path):

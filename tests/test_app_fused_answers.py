@@ -94,3 +94,9 @@ def test_a_context_without_a_piece_is_refused(tiny_encoder):
     model, tokenizer = question_model(tiny_encoder, fusion="none")
     with pytest.raises(XLFAError, match="no piece"):
         answer_question(model, tokenizer, QUESTION, " ")
+
+
+def test_a_question_that_would_be_cut_is_refused(tiny_encoder):
+    model, tokenizer = question_model(tiny_encoder, fusion="none")
+    with pytest.raises(XLFAError, match="more than 64 tokens: shorten it"):
+        answer_question(model, tokenizer, "who " * 65, "anna")

@@ -193,6 +193,20 @@ def test_the_text_says_how_the_model_came_about(trained, tiny_encoder):
     assert all(path not in card for path in (tiny_encoder, str(SAMPLE_ROOT), str(trained.folder)))
 
 
+def test_a_folder_is_no_base_model_wherever_the_card_is_written(trained, tmp_path):
+    (tmp_path / "encoders" / "greek").mkdir(parents=True)
+    run = {**trained.run, "sittings": [{**trained.run["sittings"][-1], "working_directory": str(tmp_path)}]}
+    run["model_arguments"] = {**run["model_arguments"], "model": "encoders/greek"}
+    assert TrainedRun(trained.folder, trained.config, run, trained.scores).base_model is None
+
+
+def test_the_steps_of_a_selection_are_in_the_command(trained):
+    steps = {"eval_steps": 100, "save_steps": 100}
+    assert "--eval_steps" not in training_command(change(trained, training_arguments=steps))
+    command = training_command(change(trained, training_arguments={**steps, "load_best_model_at_end": True}))
+    assert "--eval_steps 100" in command and "--save_steps 100" in command
+
+
 def test_the_command_is_that_of_as_many_processes(trained):
     environment = {"accelerators": ["NVIDIA H100"] * 2, "processes": 8}
     run = {**trained.run, "sittings": [{**trained.run["sittings"][-1], "environment": environment}]}

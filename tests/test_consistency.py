@@ -185,6 +185,8 @@ def test_rows_that_are_not_aligned_are_named(tiny_encoder, write_mirror, rows, m
     ("flags", "message"),
     [
         (["--languages", "en"], "consistency needs at least two"),
+        (["--languages", "en", "en"], "consistency needs at least two"),
+        (["--languages", "en", "nl", "--max_length", "600"], "--max_length 600: the encoder has positions for"),
         (["--languages", "en", "nl", "--layer", "9"], "--layer 9: the model has fused states and layers 0 to 4"),
         (["--languages", "en", "nl", "--scoring", "masked_lm"], "has no masked-language head"),
         (["--languages", "en", "qq"], "qq"),

@@ -96,6 +96,8 @@ def test_long_sentences_are_reported(trained, caplog):
         (["--languages", "xx"], "--languages xx: mteb/tatoeba-bitext-mining has ar bg de"),
         (["--data_root", "/nowhere"], "no data set 'mteb/tatoeba-bitext-mining' under --data_root /nowhere"),
         (["--languages", "ru"], "rus-eng"),
+        (["--max_length", "-1"], "--max_length -1: at least 1"),
+        (["--output_dir", "/dev/null"], "cannot write to /dev/null (File exists): name another folder"),
     ],
 )
 def test_bad_input_is_named(trained, data_root, flags, message):

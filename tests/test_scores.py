@@ -1,7 +1,9 @@
 """Means by hand, their intervals, a scores.json that its schema accepts, and files that are whole or not there."""
 
 import dataclasses
+import errno
 import json
+import os
 
 import jsonschema
 import pytest
@@ -253,9 +255,42 @@ def test_a_figure_that_cannot_be_drawn_leaves_no_temporary_file(scores, tmp_path
 
 def test_a_folder_that_another_process_put_in_place_first_stays(tmp_path):
     target = tmp_path / "encoder"
-    with building_folder(target) as folder:
+    with building_folder(target, exist_ok=True) as folder:
         (folder / "mine").write_text("1")
         target.mkdir()
         (target / "theirs").write_text("1")
     assert [path.name for path in target.iterdir()] == ["theirs"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(("code", "exist_ok"), [(errno.EBUSY, True), (errno.ENOTEMPTY, False)])
+def test_a_folder_that_cannot_be_put_in_place_is_no_success(tmp_path, monkeypatch, code, exist_ok):
+    target = tmp_path / "encoder"
+    target.mkdir()
+
+    def refuse(*_):
+        raise OSError(code, "refused")
+
+    monkeypatch.setattr("os.rename", refuse)
+    with pytest.raises(OSError, match="refused"), building_folder(target, exist_ok) as folder:
+        (folder / "mine").write_text("1")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+
+
+def test_files_that_were_linked_into_a_folder_keep_their_mode(tmp_path):
+    weights = tmp_path / "weights"
+    weights.write_text("1")
+    weights.chmod(0o600)
+    with building_folder(tmp_path / "folder") as folder:
+        os.link(weights, folder / "weights")
+        (folder / "own").write_text("1")
+        (folder / "own").chmod(0o600)
+    (tmp_path / "ordinary").write_text("1")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes["weights"] == 0o600 and modes["own"] == modes["ordinary"]

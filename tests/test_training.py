@@ -122,6 +122,34 @@ def test_a_resumed_run_ends_with_the_weights_of_an_unbroken_one(tiny_encoder, fi
     assert not torch.equal(halfway["classifier.weight"], expected["classifier.weight"])
 
 
+def test_parts_of_pairs_alone_leave_the_dropout_of_the_examples_as_it_is(tiny_encoder, tmp_path):
+    """A vanishing weight and none end at the same weights, although the pairs come in parts of their own."""
+    for name, weight in (("without", "0"), ("with", "1e-30")):
+        torch.manual_seed(0)
+        common = [
+            "--model",
+            tiny_encoder,
+            "--task",
+            "xnli",
+            "--data_root",
+            "sample",
+            "--output_dir",
+            str(tmp_path / name),
+        ]
+        small = ["--max_train_examples", "16", "--max_steps", "3", "--per_device_train_batch_size", "8"]
+        others = ["--fusion", "none", "--eval_strategy", "no", "--save_strategy", "no", "--max_tokens_per_batch", "200"]
+        pairs = ["--parallel_dataset", "local/parallel", "--parallel_languages", "de", "fr"] if name == "with" else []
+        main([*common, *small, *others, "--ot_weight", weight, *pairs])
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("without", "with"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_several_gpus_in_one_process_are_refused(tiny_encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 2)
+    with pytest.raises(XLFAError, match="one process and 2 GPUs.*accelerate launch"):
+        train_on_sample(tiny_encoder, tmp_path)
+
+
 def test_gradients_of_both_terms_are_compared_and_training_is_the_same(tiny_encoder, finished_run, tmp_path):
     train_on_sample(tiny_encoder, tmp_path, "--ot_gradient_steps", "2")
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]

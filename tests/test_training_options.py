@@ -110,6 +110,7 @@ def test_a_gain_below_the_threshold_is_none(tiny_encoder, tmp_path, scored):
         (["--early_stopping_threshold", "-1"], "--early_stopping_threshold -1.0: at least 0"),
         (["--logging_nan_inf_filter", "true"], "--logging_nan_inf_filter does not apply"),
         (["--auto_find_batch_size", "true"], "--auto_find_batch_size does not apply"),
+        (["--save_only_model", "true"], "--save_only_model does not apply"),
         (["--bf16_full_eval", "true"], "--bf16_full_eval does not apply"),
         (["--eval_accumulation_steps", "2"], "--eval_accumulation_steps does not apply"),
         (["--max_train_examples", "0"], "--max_train_examples 0: at least 1"),

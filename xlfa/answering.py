@@ -18,13 +18,22 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from xlfa.alignment.words import check_text
 from xlfa.arguments import InferenceArguments, option, parse_arguments
 from xlfa.errors import XLFAError
 from xlfa.evaluation import input_lengths, load_model
 from xlfa.files import replacing
 from xlfa.inference import InferenceOptions, infer
 from xlfa.tasks import get_task
-from xlfa.tasks.question_answering import Answer, QuestionAnsweringTask, find_answers
+from xlfa.tasks.question_answering import (
+    MAX_QUESTION_TOKENS,
+    Answer,
+    QuestionAnsweringTask,
+    cut_questions,
+    find_answers,
+)
+
+logger = logging.getLogger(__name__)
 
 # Of the tasks with this head any will do: they read questions alike.
 TASK: QuestionAnsweringTask = get_task("xquad")
@@ -67,6 +76,8 @@ class AnsweringArguments(InferenceArguments):
         super().__post_init__()
         if (self.input is None) == (self.question is None) or (self.question is None) != (self.context is None):
             raise ValueError("give either --question with its --context, or --input with a JSON-lines file")
+        if self.input not in (None, STANDARD_STREAM) and Path(self.output).resolve() == Path(self.input).resolve():
+            raise ValueError(f"--output {self.output} is the file that is read: name another one")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,6 +107,8 @@ def answer_rows(
         while chunk := list(islice(rows, CHUNK)):
             columns = {name: [row[name] for row in chunk] for name in ("question", "context")}
             windows = Dataset.from_dict(TASK.encode(columns, range(len(chunk)), tokenizer, max_length, doc_stride))
+            for example in cut_questions(windows):
+                logger.warning("question %s is cut to its first %d tokens", chunk[example]["id"], MAX_QUESTION_TOKENS)
             readings = infer(model, tokenizer, windows, TASK.read_outputs, options, columns=TASK.read_columns)
             yield from zip(chunk, find_answers(columns["context"], windows, readings))
             bar.update(len(chunk))
@@ -142,11 +155,12 @@ def check_row(row: dict[str, Any], place: str) -> dict[str, Any]:
     """The row.
 
     Raises:
-        XLFAError: without a question or a context that is text.
+        XLFAError: without a question or a context that is text, and valid Unicode.
     """
     for name in ("question", "context"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise XLFAError(f"{place}: the field {name!r} must be text that is not empty, not {row.get(name)!r}")
+        check_text(row[name], f"{place}: the field {name!r}")
     return row
 
 

@@ -240,6 +240,8 @@ class XLFATrainingArguments(TrainingArguments):
             raise ValueError("--eval_accumulation_steps does not apply: validation is scored as every language is")
         if self.logging_nan_inf_filter:
             raise ValueError("--logging_nan_inf_filter does not apply: a loss that is not finite ends the training")
+        if self.save_only_model:
+            raise ValueError("--save_only_model does not apply: a run could not go on from such a checkpoint")
         if self.hub_token is not None:
             raise ValueError("--hub_token would be seen by others: log in with `hf auth login`, or set HF_TOKEN")
         self._check_early_stopping()

@@ -109,7 +109,7 @@ def encoder_folder() -> Path:
 
 def build_encoder(weights: Path, tokenizer: Path) -> None:
     """Build it from the packages' two files."""
-    with building_folder(encoder_folder()) as folder:
+    with building_folder(encoder_folder(), exist_ok=True) as folder:
         write_encoder(weights, folder)
         write_tokenizer(tokenizer, folder)
 

@@ -24,6 +24,7 @@ from xlfa.backbones import MULTILINGUAL_E5_SMALL, PREFIX
 from xlfa.data import SAMPLE
 from xlfa.scores import SUMMARIES, describe_examples, describe_splits
 from xlfa.tasks import Task, get_task
+from xlfa.tasks.task import HELD_OUT_FRACTION
 
 # In a checkout; a wheel has it among its metadata.
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
@@ -69,12 +70,15 @@ EPSILON_UNITS = {
     "max": "the largest cost of a sentence pair",
     "absolute": "the cost itself",
 }
+# Where the best checkpoint is chosen, a result depends also on which ones there are.
+SELECTION_STEPS = ("eval_steps", "save_steps")
 # The training arguments that a result depends on. The others hold names, trackers and tokens, or concern the machine.
 RECIPE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "learning_rate"),
     *("lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "train_sampling_strategy", "seed", "data_seed"),
     *("load_best_model_at_end", "metric_for_best_model", "eval_strategy", "save_strategy"),
+    *SELECTION_STEPS,
     *("early_stopping_patience", "early_stopping_threshold", "dataloader_drop_last", "lr_scheduler_kwargs"),
 )
 # transformers' and XLFA's defaults, as run.json records them.
@@ -133,7 +137,9 @@ class TrainedRun:
     def base_model(self) -> str | None:
         """The Hub id of the encoder, None for a local one."""
         name = self.run["model_arguments"]["model"]
-        return BASE_MODELS.get(name) or (None if looks_local(name) or os.path.exists(name) else name)
+        # As the training command meant it, wherever the card is written.
+        folder = os.path.join(self.run["sittings"][-1]["working_directory"], name)
+        return BASE_MODELS.get(name) or (None if looks_local(name) or os.path.exists(folder) else name)
 
 
 def looks_local(value: str) -> bool:
@@ -234,7 +240,7 @@ def eval_results(trained: TrainedRun) -> Iterator[EvalResult]:
                         dataset_config=get_task(name).test_configs.get(code),
                         dataset_split=scores["splits"].get(code),
                         metric_type=metric,
-                        metric_name=f"{metric} ({code}, zero-shot from English)",
+                        metric_name=f"{metric} ({describe_transfer(code)})",
                         metric_value=round(values[metric], 2),
                     )
 
@@ -250,9 +256,14 @@ def eval_result_entries(name: str, scores: dict[str, Any]) -> list[EvalResultEnt
         task_id = config if list(configs.values()).count(config) < 2 else f"{config}.{code}"
         value = values[scores["primary_metric"]]
         if value is not None:
-            notes = f"{scores['primary_metric']}, {code}, zero-shot from English; {describe_source(scores)}"
+            notes = f"{scores['primary_metric']}, {describe_transfer(code)}; {describe_source(scores)}"
             entries.append(EvalResultEntry(scores["dataset"], prefix + task_id, round(value, 2), notes=notes))
     return entries
+
+
+def describe_transfer(code: str) -> str:
+    """The language, and that the model was not trained in it."""
+    return code if code == "en" else f"{code}, zero-shot from English"
 
 
 def describe_source(scores: dict[str, Any]) -> str:
@@ -343,6 +354,8 @@ def describe_training_data(trained: TrainedRun) -> str:
     arguments = trained.run["data_arguments"]
     most = arguments.get("max_train_examples")
     part = "all of its English training split" if most is None else f"a seeded sample of at most {most} examples"
+    if trained.task.validation is None:
+        part += f", less the {HELD_OUT_FRACTION:.0%} of its contexts that are held out for validation"
     return f"{trained.training_set}: {part}, from {describe_root(trained.data_root)}"
 
 
@@ -473,6 +486,8 @@ def recipe_flags(arguments: dict[str, Any]) -> Iterator[str]:
             # run.json has a mapping as Python prints it.
             value = ast.literal_eval(value)
         # run.json has "None" for an option that was left open.
+        if name in SELECTION_STEPS and not arguments.get("load_best_model_at_end"):
+            continue
         left_open = value in (None, "None", RECIPE_DEFAULTS.get(name))
         if not left_open and not (name == "num_train_epochs" and arguments.get("max_steps", -1) > 0):
             yield format_flag(name, value)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from safetensors import SafetensorError
 from scipy.special import softmax
 from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding
@@ -26,6 +27,7 @@ from transformers.utils import ModelOutput
 from xlfa.arguments import InferenceArguments, check_positive, option, parse_arguments
 from xlfa.backbones import resolve_encoder
 from xlfa.data import load_rows
+from xlfa.encoding import check_length
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError
 from xlfa.files import write_text
@@ -74,10 +76,12 @@ class ConsistencyArguments(InferenceArguments):
     output_dir: str | None = option(f"Where to write {RANKC_FILE}; by default <model>/scores/rankc.")
     max_examples: int | None = option("A seeded sample of that many queries, the same in every language.")
     seed: int = option("Of that sample.", 0)
+    max_length: int = option("Longest prompt in tokens, for cosine; longer ones are cut and counted.", 128)
 
     def __post_init__(self):
         super().__post_init__()
         check_positive("max_examples", self.max_examples)
+        check_positive("max_length", self.max_length)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -100,7 +104,7 @@ def score_consistency(arguments: ConsistencyArguments) -> dict[str, Any]:
     Raises:
         XLFAError: for a model without the head that is asked for, an unknown layer, or rows that are not aligned.
     """
-    languages = arguments.languages or LANGUAGES
+    languages = list(dict.fromkeys(arguments.languages or LANGUAGES))
     if len(languages) < 2:
         raise XLFAError(f"--languages {' '.join(languages)}: consistency needs at least two")
     logger.info(describe_threads())
@@ -162,6 +166,8 @@ class CosineRanker:
     def __init__(self, arguments: ConsistencyArguments):
         self.model, self.tokenizer = load_states_model(arguments.model)
         self.options = InferenceOptions.of(arguments, self.model.device)
+        check_length("max_length", arguments.max_length, self.model)
+        self.max_length = arguments.max_length
         depth = self.model.config.num_hidden_layers
         self.layer = str(depth) if arguments.layer == FUSED and self.model.fusion is None else arguments.layer
         if self.layer != FUSED and self.layer not in map(str, range(depth + 1)):
@@ -175,7 +181,7 @@ class CosineRanker:
             sentences.append(prompt.replace(BLANK, self.tokenizer.mask_token or BLANK))
             sentences += [prompt.replace(BLANK, candidate) for candidate in candidates]
         vectors = embed_sentences(
-            self.model, self.tokenizer, sentences, self.options, only=self.layer, description=language
+            self.model, self.tokenizer, sentences, self.options, self.max_length, self.layer, language
         )[self.layer].numpy()
         ends = [*starts[1:], len(sentences)]
         return [ranks_of(vectors[start + 1 : end] @ vectors[start]) for start, end in zip(starts, ends)]
@@ -189,15 +195,17 @@ class MaskedLMRanker:
     def __init__(self, arguments: ConsistencyArguments):
         source = resolve_encoder(arguments.model)
         try:
-            self.model, loading = AutoModelForMaskedLM.from_pretrained(source, output_loading_info=True)
-        except (OSError, ValueError) as error:
+            self.model, loading = AutoModelForMaskedLM.from_pretrained(
+                source, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+            )
+        except (OSError, ValueError, SafetensorError) as error:
             raise XLFAError(f"--model {arguments.model}: no masked-language model ({error})") from None
         if loading["missing_keys"]:
             raise XLFAError(
                 f"--model {arguments.model} has no masked-language head (it lacks {min(loading['missing_keys'])}): use "
                 "--scoring cosine"
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if self.tokenizer.mask_token is None:
             raise XLFAError(f"--model {arguments.model}: the tokenizer has no mask token: use --scoring cosine")
         self.marks_spaces = marks_spaces(self.tokenizer)

@@ -12,6 +12,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from datasets import Dataset
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -222,8 +223,11 @@ def input_lengths(
     """`--max_length` and `--doc_stride`; what is not given is as in training, or else the task's.
 
     Raises:
-        XLFAError: for inputs that are too long for the model.
+        XLFAError: for inputs that are too long for the model, or a number that is no length.
     """
+    for name, value, least in (("max_length", max_length, 1), ("doc_stride", doc_stride, 0)):
+        if value is not None and value < least:
+            raise XLFAError(f"--{name} {value}: at least {least}")
     check_length("max_length", max_length, model)
     lengths = (max_length, model.config.input_length, task.defaults.max_length)
     strides = (doc_stride, model.config.input_stride, task.defaults.doc_stride)
@@ -249,7 +253,7 @@ def load_model(task: Task, name_or_path: str) -> tuple[XLFAPreTrainedModel, PreT
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise XLFAError(f"--model {name_or_path}: the folder holds no trained model (it has no config.json)")
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise XLFAError(f"--model {name_or_path}: no model there ({error})") from None
     if config.model_type != "xlfa":
@@ -262,11 +266,11 @@ def load_model(task: Task, name_or_path: str) -> tuple[XLFAPreTrainedModel, PreT
         )
     check_labels(task, name_or_path, config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         if is_adapter(name_or_path):
             return load_adapter(task.model_class, name_or_path).merge_and_unload(), tokenizer
-        return task.model_class.from_pretrained(name_or_path, config=config), tokenizer
-    except (OSError, ValueError) as error:
+        return task.model_class.from_pretrained(name_or_path, config=config, use_safetensors=True), tokenizer
+    except (OSError, ValueError, SafetensorError) as error:
         raise XLFAError(f"--model {name_or_path}: cannot load it ({error})") from None
 
 

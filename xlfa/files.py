@@ -1,8 +1,8 @@
 """Atomic output: a file or folder appears under its final name complete, or not at all."""
 
+import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +17,11 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file name beside `path`; on success move it to `path`, on an exception remove it."""
-    path = Path(path)
+    """Yield a temporary file name beside `path`; on success move it to `path`, on an exception remove it.
+
+    A link stays one, also /dev/stdout of a redirected stream: what it names is replaced.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not by the process's number: containers that share a folder have numbers of their own.
     temporary = path.with_name(f".{path.stem}.{uuid4().hex}{path.suffix}")
@@ -30,25 +33,31 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def building_folder(target: Path) -> Iterator[Path]:
+def building_folder(target: Path, exist_ok: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; on success move it to `target`, on an exception remove it.
 
-    Where another process put `target` in place first, theirs stays: folders built here are functions of their name.
+    Args:
+        target: a new name, or an empty folder.
+        exist_ok: where another process put `target` in place first, theirs stays. For a cache, whose folders are
+            functions of their name.
+
+    Raises:
+        OSError: where `target` cannot be put in place, such as a folder that something is mounted on.
     """
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    target = Path(os.path.realpath(target))
+    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        # mkdtemp and safetensors make private ones; the finished folder and its files get the parent's permissions.
-        mode = target.parent.stat().st_mode
-        temporary.chmod(mode & 0o777)
+        # safetensors makes private files. Those that were linked here are somebody else's too.
+        mode = temporary.stat().st_mode & 0o666
         for path in temporary.rglob("*"):
-            path.chmod(mode & (0o777 if path.is_dir() else 0o666))
+            if path.is_file() and path.stat().st_nlink == 1:
+                path.chmod(mode)
         try:
             os.rename(temporary, target)
-        except OSError:
-            if not target.is_dir():
+        except OSError as error:
+            if not exist_ok or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

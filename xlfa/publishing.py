@@ -140,8 +140,12 @@ def write_publication(run_dir: str | os.PathLike, repo_id: str, revision_tag: st
     check_names(repo_id, revision_tag, create_pr=False)
     if folder.exists():
         raise XLFAError(f"--dry-run {folder} exists: name a new folder")
-    with building_folder(folder) as temporary:
-        stage(read_run(Path(run_dir)), temporary, repo_id, revision_tag or DEFAULT_REVISION)
+    trained = read_run(Path(run_dir))
+    try:
+        with building_folder(folder) as temporary:
+            stage(trained, temporary, repo_id, revision_tag or DEFAULT_REVISION)
+    except OSError as error:
+        raise XLFAError(f"--dry-run {folder}: cannot write it ({error.strerror or error})") from None
 
 
 def check_token() -> None:
@@ -502,7 +506,8 @@ def naming_hub_errors(repo_id: str) -> Iterator[None]:
         raise XLFAError("cannot push: HF_HUB_OFFLINE is set; unset it") from None
     except HfHubHTTPError as error:
         raise XLFAError(describe_refusal(error, repo_id)) from None
-    except HTTPError as error:
+    except (HTTPError, OSError, RuntimeError) as error:
+        # What hf_xet raises while weights are sent is of built-in classes; its messages may hold signed addresses.
         raise XLFAError(f"the connection to the Hub broke ({type(error).__name__}): {RETRY}") from None
     except ValueError as error:
         raise XLFAError(f"the Hub does not take the card of {repo_id}: {error}") from None

@@ -6,6 +6,7 @@ neighbours are by cosine, the score is P@1. All layers come from one pass: a tab
 
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from safetensors import SafetensorError
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
@@ -69,6 +71,7 @@ class RetrievalArguments(InferenceArguments):
     def __post_init__(self):
         super().__post_init__()
         check_positive("max_examples", self.max_examples)
+        check_positive("max_length", self.max_length)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -86,14 +89,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def scores_folder(model: str, output_dir: str | None, name: str) -> Path:
-    """`--output_dir`; else `scores/<name>` in the model's folder.
+    """`--output_dir`; else `scores/<name>` in the model's folder. It is there afterwards.
 
     Raises:
-        XLFAError: if the model is no folder and none is given.
+        XLFAError: if the model is no folder and none is given, or the folder cannot be written to.
     """
     if output_dir is None and not Path(model).is_dir():
         raise XLFAError(f"--model {model} is no folder to write into: name one with --output_dir")
-    return Path(output_dir or Path(model) / "scores" / name)
+    folder = Path(output_dir or Path(model) / "scores" / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise XLFAError(f"cannot write to {folder} ({error.strerror}): name another folder with --output_dir") from None
+    if not os.access(folder, os.W_OK):
+        raise XLFAError(f"cannot write to {folder}: name another folder with --output_dir")
+    return folder
 
 
 def score_retrieval(arguments: RetrievalArguments) -> dict[str, Any]:
@@ -145,12 +155,13 @@ def load_states_model(name: str) -> tuple[XLFAModel, PreTrainedTokenizerBase]:
     """
     source = resolve_encoder(name)
     try:
-        if AutoConfig.from_pretrained(source).model_type == "xlfa":
-            model = XLFAModel.from_pretrained(source)
+        if AutoConfig.from_pretrained(source, trust_remote_code=False).model_type == "xlfa":
+            model = XLFAModel.from_pretrained(source, use_safetensors=True)
         else:
             model = XLFAModel.from_encoder(source, fusion="none")
-        return model.to(PartialState().device), AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return model.to(PartialState().device), tokenizer
+    except (OSError, ValueError, SafetensorError) as error:
         raise XLFAError(f"--model {name}: cannot load it ({error})") from None
 
 

@@ -19,6 +19,7 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from modeling_xlfa.modeling_xlfa import fork_generator
 from xlfa.adapters import ADAPTER_FOLDER, plain_model
 from xlfa.arguments import InferenceArguments
 from xlfa.batching import GlobalBatches, label_counts, split_batch
@@ -84,6 +85,11 @@ class XLFATrainer(Trainer):
 
     def _check_parts(self) -> None:
         """Raise `XLFAError` where a batch is to be run in parts, or gradients are to be compared, and cannot be."""
+        if self.args.n_gpu > 1:
+            raise XLFAError(
+                f"one process and {self.args.n_gpu} GPUs, which torch's DataParallel would not weigh by their labels: "
+                "start a process for each with `accelerate launch`, or name one GPU in CUDA_VISIBLE_DEVICES"
+            )
         if self.args.ot_gradient_steps is not None:
             flag = f"--ot_gradient_steps {self.args.ot_gradient_steps}: "
             if self.pair_sampler is None:
@@ -232,9 +238,14 @@ class XLFATrainer(Trainer):
             {**part, SHARES: (of_labels * label_share, of_pairs * pair_share)}
             for part, label_share, pair_share in split_batch(inputs, *self._most_tokens())
         )
+        of_pairs_alone = [part for part in parts if "input_ids" not in part]
         loss = torch.zeros((), device=self.args.device)
-        for part in parts:
-            with self.accelerator.no_sync(model):
+        with self.accelerator.no_sync(model):
+            # Beside a part with examples the model forks the generator itself.
+            with fork_generator(self.args.device):
+                for part in of_pairs_alone:
+                    loss += super().training_step(model, part, num_items_in_batch)
+            for part in parts[len(of_pairs_alone) :]:
                 loss += super().training_step(model, part, num_items_in_batch)
         return loss + super().training_step(model, last, num_items_in_batch)
 
@@ -302,7 +313,7 @@ class XLFATrainer(Trainer):
             )
 
     def _add_part(self, name: str, share: float, value: torch.Tensor) -> None:
-        # One value a device where torch's DataParallel runs the model.
+        # Of the transport's statistics there is one a pair.
         self._part_sums[name] = self._part_sums.get(name, 0) + share * value.detach().float().mean()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -293,7 +293,7 @@ def build_model(
         fields["label2id"] = {name: number for number, name in enumerate(task.label_names)}
     if model_args.encoder_config is not None:
         fields["encoder_config"] = parse_encoder_config(model_args.encoder_config)
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
     model = task.model_class.from_encoder(encoder, **fields)
     if model_args.freeze_word_embeddings:
         model.get_input_embeddings().requires_grad_(False)

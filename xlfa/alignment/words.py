@@ -86,8 +86,11 @@ def check_language(language: str | None) -> None:
         raise XLFAError(f"language {language!r} is no ISO 639-1 code such as de, th or zh")
 
 
-def check_text(text: str) -> None:
+def check_text(text: str, name: str = "the text") -> None:
     """Nothing, for text that can be encoded.
+
+    Args:
+        name: of the text, in the error.
 
     Raises:
         XLFAError: for half a surrogate pair: bytes that were not UTF-8 in a command line, or broken JSON.
@@ -95,7 +98,7 @@ def check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise XLFAError(f"the text is not valid Unicode at character {error.start}: {ascii(text)}") from None
+        raise XLFAError(f"{name} is not valid Unicode at character {error.start}: {ascii(text)}") from None
 
 
 def _is_visible(text: str) -> bool:

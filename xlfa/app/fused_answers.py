@@ -18,9 +18,10 @@ from modeling_xlfa.fusion_xlfa import ScalarMix
 from modeling_xlfa.outputs_xlfa import XLFAQuestionAnsweringOutput
 from xlfa.answering import TASK
 from xlfa.arguments import InferenceArguments
+from xlfa.errors import XLFAError
 from xlfa.evaluation import input_lengths
 from xlfa.inference import INPUT_NAMES, InferenceOptions, infer
-from xlfa.tasks.question_answering import Answer, find_answers
+from xlfa.tasks.question_answering import MAX_QUESTION_TOKENS, Answer, cut_questions, find_answers
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,13 @@ def answer_question(
     """The model's answer, as `xlfa predict` finds it in float32, and what its fusion had to do with it.
 
     Raises:
-        XLFAError: for a context in which the tokenizer finds nothing.
+        XLFAError: for a context in which the tokenizer finds nothing, or a question that would be cut.
     """
     lengths = input_lengths(None, None, model, TASK)
     columns = {"question": [question], "context": [context]}
     windows = Dataset.from_dict(TASK.encode(columns, range(1), tokenizer, *lengths))
+    if cut_questions(windows):
+        raise XLFAError(f"the question has more than {MAX_QUESTION_TOKENS} tokens: shorten it")
     # In bfloat16 the parts, of which one window is computed, would not agree with the answer.
     options = InferenceOptions.of(InferenceArguments(bf16=False), model.device)
     readings = infer(model, tokenizer, windows, TASK.read_outputs, options, columns=TASK.read_columns)

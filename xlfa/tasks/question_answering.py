@@ -254,6 +254,11 @@ def best_spans(
     return scores, starts, starts + flat // length
 
 
+def cut_questions(windows: Dataset) -> list[int]:
+    """Of the windows that `encode` makes, the positions of the examples whose question lost its end."""
+    return [example for example, cut in zip(windows["example"], windows["cut"]) if cut]
+
+
 def _cut_questions(questions: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[int]]:
     """Questions of at most `MAX_QUESTION_TOKENS` tokens, and the indices of those that lost their end."""
     offsets = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

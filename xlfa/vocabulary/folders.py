@@ -50,12 +50,12 @@ class Source:
             OSError, ValueError: where there is no such encoder.
         """
         path = resolve_encoder(name_or_path)
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if config.model_type == XLFAConfig.model_type:
             raise XLFAError(
                 f"--model {name_or_path} is an XLFA checkpoint: change the vocabulary of its encoder, then train"
             )
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
         kind = type(tokenizer).__name__ if state is None else state["model"]["type"]
         if kind not in KINDS:
@@ -147,15 +147,20 @@ def new_folder(path: str) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when all is written.
 
     Raises:
-        XLFAError: where `path` is there already and is not an empty folder.
+        XLFAError: where `path` is there already and is not an empty folder, or cannot be written.
     """
     check_new_folder(path)
-    with building_folder(Path(path)) as folder:
-        yield folder
+    try:
+        with building_folder(Path(path)) as folder:
+            yield folder
+    except OSError as error:
+        raise XLFAError(f"--output_dir {path}: cannot write it ({error.strerror or error})") from None
 
 
 def check_new_folder(path: str) -> None:
-    """Raise `XLFAError` where `path` is a file or a folder with something in it."""
+    """Raise `XLFAError` where `path` is a file, a folder with something in it, or one that something is mounted on."""
     target = Path(path)
+    if target.is_mount():
+        raise XLFAError(f"--output_dir {path} is a mount point: name a folder within it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise XLFAError(f"--output_dir {path}: there is something already: name a new or an empty folder")

@@ -43,7 +43,7 @@ def trimmed_encoder(source: Source, kept: list[int]) -> str:
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     target = cache_dir() / f"{source.name}-trimmed-{digest}"
     if not target.is_dir():
-        with building_folder(target) as folder:
+        with building_folder(target, exist_ok=True) as folder:
             write_trimmed(source, kept, folder)
     return str(target)
 
