@@ -15,6 +15,7 @@ import pytest
 from matplotlib.image import imread
 from study_data import CLUSTERS, CONTROLS, EPSILONS, HEADLINE, predictions, write_cell, write_study
 
+from xlfa.study.figures import draw_all
 from xlfa.study.report import write_report
 from xlfa.study.tables import Column
 
@@ -425,6 +426,29 @@ def test_as_many_examples_of_each_language_are_one_number(tmp_path):
         path.write_text(json.dumps(result))
     assert f"scored on {number} examples a language in" in page.text
     assert f"scored on {number} examples a language in" in report_on(folder)[0].text
+
+
+def test_a_level_of_fewer_seeds_is_told_apart(tmp_path):
+    folder = write_study(tmp_path, tasks=("xnli",), seeds=(0, 1, 2, 3), clusters=8)
+    page, report = report_on(folder)
+    drawings = {drawing.name: drawing for drawing in draw_all(report)}
+    assert "faint points" not in page.text and joined_points(drawings["differences"]) == [len(EPSILONS)]
+    for seed in (2, 3):
+        shutil.rmtree(next(folder.glob(f"cells/*{EPSILONS[1]}-s{seed}")))
+    page, report = report_on(folder)
+    drawings = {drawing.name: drawing for drawing in draw_all(report)}
+    for name in ("differences", "scores", "groups"):
+        assert "Means are over 2 to 4 seeds: faint points have fewer" in drawings[name].caption
+        assert set(joined_points(drawings[name])) == {len(EPSILONS) - 1}
+    assert re.search(r"find, unadjusted: [\d.]+ points with 4 seeds and [\d.]+ points with 2 seeds", page.text)
+
+
+def joined_points(drawing):
+    """How many points each line of a figure goes through that stands for the levels."""
+    lines = [line for axes in drawing.figure.axes for line in axes.get_lines()]
+    return [
+        len(line.get_xdata()) for line in lines if line.get_marker() in "os" and line.get_linestyle() in ("-", "--")
+    ]
 
 
 def test_one_test_of_three_tasks_is_the_primary_one(tmp_path):

@@ -252,7 +252,29 @@ def _error_bars(
         metric = next(iter(conditions[0]["difference"]["scores"]))
         values, errors = _values([own["difference"]["scores"][metric] for own in conditions], group)
         look = {"color": _colour(task), "markersize": 5, "capsize": 2.5, "linewidth": 1.4}
-        axes.errorbar(places, values, errors, fmt=style, **(look | options))
+        seeds = [own["difference"]["seeds"] for own in conditions]
+        _points(axes, places, values, errors, seeds, style, **(look | options))
+
+
+def _points(
+    axes: Axes,
+    places: np.ndarray,
+    values: np.ndarray,
+    errors: np.ndarray,
+    seeds: list[list[int]],
+    style: str,
+    **look: Any,
+) -> Any:
+    """Points with their intervals; those of fewer seeds than the most are faint, and not joined with the others.
+
+    A line through means over different seeds would show the seeds, not the axis.
+    """
+    numbers = np.array([len(own) for own in seeds])
+    whole = numbers == numbers.max()
+    if not whole.all():
+        apart = look | {"label": None, "alpha": 0.45}
+        axes.errorbar(places[~whole], values[~whole], errors[:, ~whole], fmt=style.rstrip("-"), **apart)
+    return axes.errorbar(places[whole], values[whole], errors[:, whole], fmt=style, **look)
 
 
 def _with_difference(report: dict[str, Any], line: str) -> bool:
@@ -279,7 +301,9 @@ def _intervals(conditions: list[dict[str, Any]]) -> str:
 def _seeds(conditions: list[dict[str, Any]]) -> str:
     """A warning where conditions have different numbers of seeds."""
     numbers = {len(own["seeds"]) for own in conditions}
-    return f" Means are over {min(numbers)} to {max(numbers)} seeds." if len(numbers) > 1 else ""
+    if len(numbers) == 1:
+        return ""
+    return f" Means are over {min(numbers)} to {max(numbers)} seeds: faint points have fewer than the others."
 
 
 def _control_order(report: dict[str, Any], line: str) -> list[str]:
@@ -315,7 +339,8 @@ def _draw_scores(report: dict[str, Any], name: str, lines: list[str], shown: lis
                 values, errors = _values([own["scores"][metric] for own in grid], HEADLINE)
                 style = "o" if report["axis"]["kind"] == "categorical" else "o-"
                 look = {"color": _colour(task), "markersize": 5, "capsize": 2.5, "linewidth": 1.6, "zorder": 3}
-                handles[task_name(task)] = axes.errorbar(places, values, errors, fmt=style, **look)
+                seeds = [own["seeds"] for own in grid]
+                handles[task_name(task)] = _points(axes, places, values, errors, seeds, style, **look)
                 for place, own in zip(places, grid):
                     seeds = own["by_seed"][metric]
                     axes.plot([place] * len(seeds), seeds, "_", color=_colour(task), alpha=0.6, markersize=7, zorder=2)
