@@ -1,5 +1,7 @@
 """`xlfa vocab`: folders that training takes, and one clear error for each kind of bad input."""
 
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -92,6 +94,17 @@ def test_an_xlfa_checkpoint_and_byte_pair_encoding_are_refused(command, encoder,
     backend.train_from_iterator(OTHER, trainers.BpeTrainer(vocab_size=60, special_tokens=list(BERT_TOKENS.values())))
     folder = save_encoder(tmp_path / "bpe", PreTrainedTokenizerFast(tokenizer_object=backend, **BERT_TOKENS))
     assert "this one is BPE" in error(folder)
+
+
+@pytest.mark.parametrize("weights", [None, b"no safetensors"])
+def test_an_encoder_without_whole_weights_is_named(encoder, text, tmp_path, weights):
+    folder = Path(encoder)
+    (folder / "model.safetensors").unlink()
+    if weights is not None:
+        (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(XLFAError, match=f"--model {folder}: "):
+        main(["trim", "--model", str(folder), "--texts", text("a", KEPT), "--output_dir", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_empty_folder_is_written_into(encoder, text, tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import BertConfig, XLMRobertaTokenizer
@@ -79,7 +80,7 @@ def naming_model(name: str) -> Iterator[None]:
         if is_out_of_space(error):
             raise
         raise XLFAError(f"--model {name}: no such encoder on the Hub or as a folder ({error})") from None
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, SafetensorError) as error:
         raise XLFAError(f"--model {name}: {error}") from None
 
 

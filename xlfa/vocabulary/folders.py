@@ -154,6 +154,9 @@ def new_folder(path: str) -> Iterator[Path]:
         with building_folder(Path(path)) as folder:
             yield folder
     except OSError as error:
+        # transformers' own, of an encoder without weights, has no number.
+        if error.errno is None:
+            raise
         raise XLFAError(f"--output_dir {path}: cannot write it ({error.strerror or error})") from None
 
 
