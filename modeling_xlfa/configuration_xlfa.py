@@ -38,7 +38,8 @@ class XLFAConfig(PretrainedConfig):
 
     Args:
         text_config (`PretrainedConfig` or `dict`, *optional*):
-            Any encoder that `AutoConfig` knows; by default an XLM-R base.
+            Any encoder that `AutoConfig` knows; by default transformers' own default for XLM-R, whose vocabulary is
+            smaller than that of any XLM-R.
         fusion (`str`, defaults to `"dlfa"`):
             `"dlfa"` fuses a lower layer with the last one (Chen et al. 2022, eq. 2), and so does `"aff"` (Dai et al.
             2021); `"scalar_mix"` mixes all layers 0..N (Peters et al. 2018, eq. 1); `"none"` is the plain last layer.
