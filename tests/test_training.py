@@ -126,20 +126,10 @@ def test_parts_of_pairs_alone_leave_the_dropout_of_the_examples_as_it_is(tiny_en
     """A vanishing weight and none end at the same weights, although the pairs come in parts of their own."""
     for name, weight in (("without", "0"), ("with", "1e-30")):
         torch.manual_seed(0)
-        common = [
-            "--model",
-            tiny_encoder,
-            "--task",
-            "xnli",
-            "--data_root",
-            "sample",
-            "--output_dir",
-            str(tmp_path / name),
-        ]
-        small = ["--max_train_examples", "16", "--max_steps", "3", "--per_device_train_batch_size", "8"]
-        others = ["--fusion", "none", "--eval_strategy", "no", "--save_strategy", "no", "--max_tokens_per_batch", "200"]
-        pairs = ["--parallel_dataset", "local/parallel", "--parallel_languages", "de", "fr"] if name == "with" else []
-        main([*common, *small, *others, "--ot_weight", weight, *pairs])
+        common = f"--model {tiny_encoder} --task xnli --data_root sample --output_dir {tmp_path / name} --fusion none"
+        steps = "--max_train_examples 16 --max_steps 3 --per_device_train_batch_size 8 --max_tokens_per_batch 200"
+        pairs = "--parallel_dataset local/parallel --parallel_languages de fr" if name == "with" else ""
+        main(f"{common} {steps} --eval_strategy no --save_strategy no --ot_weight {weight} {pairs}".split())
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("without", "with"))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 

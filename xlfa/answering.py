@@ -22,7 +22,7 @@ from xlfa.alignment.words import check_text
 from xlfa.arguments import InferenceArguments, option, parse_arguments
 from xlfa.errors import XLFAError
 from xlfa.evaluation import input_lengths, load_model
-from xlfa.files import replacing
+from xlfa.files import STANDARD_STREAM, check_output, replacing
 from xlfa.inference import InferenceOptions, infer
 from xlfa.tasks import get_task
 from xlfa.tasks.question_answering import (
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 # Of the tasks with this head any will do: they read questions alike.
 TASK: QuestionAnsweringTask = get_task("xquad")
-STANDARD_STREAM = "-"
 # Enough for full batches of similar length.
 CHUNK = 1024
 DESCRIPTION = (
@@ -76,8 +75,7 @@ class AnsweringArguments(InferenceArguments):
         super().__post_init__()
         if (self.input is None) == (self.question is None) or (self.question is None) != (self.context is None):
             raise ValueError("give either --question with its --context, or --input with a JSON-lines file")
-        if self.input not in (None, STANDARD_STREAM) and Path(self.output).resolve() == Path(self.input).resolve():
-            raise ValueError(f"--output {self.output} is the file that is read: name another one")
+        check_output(self.output, self.input)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -54,7 +54,9 @@ def longest_input(model: nn.Module) -> float:
 
 
 def check_length(name: str, length: int | None, model: nn.Module) -> None:
-    """Raise `XLFAError` for a longest input, given by the flag `name`, that the model has no positions for."""
+    """Raise `XLFAError` for a longest input, given by the flag `name`, below 1 or beyond the model's positions."""
+    if length is not None and length < 1:
+        raise XLFAError(f"--{name} {length}: at least 1")
     limit = longest_input(model)
     if length is not None and length > limit:
         raise XLFAError(f"--{name} {length}: the encoder has positions for {limit} tokens; give no more than that")

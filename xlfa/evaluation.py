@@ -225,9 +225,8 @@ def input_lengths(
     Raises:
         XLFAError: for inputs that are too long for the model, or a number that is no length.
     """
-    for name, value, least in (("max_length", max_length, 1), ("doc_stride", doc_stride, 0)):
-        if value is not None and value < least:
-            raise XLFAError(f"--{name} {value}: at least {least}")
+    if doc_stride is not None and doc_stride < 0:
+        raise XLFAError(f"--doc_stride {doc_stride}: at least 0")
     check_length("max_length", max_length, model)
     lengths = (max_length, model.config.input_length, task.defaults.max_length)
     strides = (doc_stride, model.config.input_stride, task.defaults.doc_stride)

@@ -8,11 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from xlfa.errors import XLFAError
+
+STANDARD_STREAM = "-"
+
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path` through a temporary file beside it, then move it into place."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_output(output: str, source: str | None) -> None:
+    """Raise `XLFAError` where `--output` is the file `source` that is read; - is a standard stream."""
+    if source not in (None, STANDARD_STREAM) and Path(output).resolve() == Path(source).resolve():
+        raise XLFAError(f"--output {output} is the file that is read: name another one")
 
 
 @contextmanager

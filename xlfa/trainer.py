@@ -4,7 +4,9 @@ the log."""
 import logging
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -238,15 +240,13 @@ class XLFATrainer(Trainer):
             {**part, SHARES: (of_labels * label_share, of_pairs * pair_share)}
             for part, label_share, pair_share in split_batch(inputs, *self._most_tokens())
         )
-        of_pairs_alone = [part for part in parts if "input_ids" not in part]
         loss = torch.zeros((), device=self.args.device)
-        with self.accelerator.no_sync(model):
-            # Beside a part with examples the model forks the generator itself.
-            with fork_generator(self.args.device):
-                for part in of_pairs_alone:
+        for has_examples, group in groupby(parts, lambda part: "input_ids" in part):
+            # Where pairs stand beside examples the model forks the generator itself.
+            forked = nullcontext() if has_examples else fork_generator(self.args.device)
+            with self.accelerator.no_sync(model), forked:
+                for part in group:
                     loss += super().training_step(model, part, num_items_in_batch)
-            for part in parts[len(of_pairs_alone) :]:
-                loss += super().training_step(model, part, num_items_in_batch)
         return loss + super().training_step(model, last, num_items_in_batch)
 
     def _log_gradient_norms(self, inputs: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from xlfa.alignment.words import check_language
 from xlfa.errors import XLFAError
+from xlfa.files import check_output
 
 if TYPE_CHECKING:
     from xlfa.alignment.aligner import Aligner, Alignment, EncodedPair, PairStates, TransportOptions
@@ -115,8 +116,7 @@ def _check(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, name)
         if path is not None and Path(path).is_dir():
             raise XLFAError(f"--{name} {path} is a folder: name a file")
-    if arguments.file not in (None, "-") and Path(arguments.output).resolve() == Path(arguments.file).resolve():
-        raise XLFAError(f"--output {arguments.output} is the file that is read: name another one")
+    check_output(arguments.output, arguments.file)
     if arguments.plot is not None:
         from xlfa.alignment.heatmap import check_format
 

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
-from xlfa.answering import STANDARD_STREAM
 from xlfa.errors import XLFAError
+from xlfa.files import STANDARD_STREAM
 
 
 def reading_lines(path: str) -> AbstractContextManager[Iterator[bytes]]:

@@ -17,8 +17,5 @@ def check_input(name: str, text: str | None) -> str:
         raise XLFAError(f"{name} is empty")
     if len(text) > LONGEST_TEXT:
         raise XLFAError(f"{name} has {len(text)} characters, more than the {LONGEST_TEXT} that this page takes")
-    try:
-        check_text(text)
-    except XLFAError as error:
-        raise XLFAError(f"{name}: {error}") from None
+    check_text(text, name)
     return text

@@ -339,8 +339,8 @@ def _draw_scores(report: dict[str, Any], name: str, lines: list[str], shown: lis
                 values, errors = _values([own["scores"][metric] for own in grid], HEADLINE)
                 style = "o" if report["axis"]["kind"] == "categorical" else "o-"
                 look = {"color": _colour(task), "markersize": 5, "capsize": 2.5, "linewidth": 1.6, "zorder": 3}
-                seeds = [own["seeds"] for own in grid]
-                handles[task_name(task)] = _points(axes, places, values, errors, seeds, style, **look)
+                members = [own["seeds"] for own in grid]
+                handles[task_name(task)] = _points(axes, places, values, errors, members, style, **look)
                 for place, own in zip(places, grid):
                     seeds = own["by_seed"][metric]
                     axes.plot([place] * len(seeds), seeds, "_", color=_colour(task), alpha=0.6, markersize=7, zorder=2)

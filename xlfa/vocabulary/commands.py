@@ -32,10 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     check_new_folder(arguments.output_dir)
     with naming_model(arguments.model):
         source = Source.open(arguments.model)
-        if arguments.command == TRIM:
-            _trim(source, arguments)
-        else:
-            _augment(source, arguments)
+    if arguments.command == TRIM:
+        _trim(source, arguments)
+    else:
+        _augment(source, arguments)
     print(f"written to {arguments.output_dir}: a folder for --model")
 
 

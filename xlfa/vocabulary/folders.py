@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from modeling_xlfa import XLFAConfig
 from modeling_xlfa.encoder_xlfa import load_encoder
-from xlfa.backbones import resolve_encoder
+from xlfa.backbones import naming_model, resolve_encoder
 from xlfa.errors import XLFAError
 from xlfa.files import building_folder, write_text
 from xlfa.portable_tokenizer import make_portable
@@ -114,9 +114,13 @@ def write_folder(
         rows: old embeddings, V x E → new ones, V' x E.
         new_ids: old id → new one, of the tokens that `source.token_ids` names and of the padding.
         new_pieces: content of `new_pieces.json`.
+
+    Raises:
+        XLFAError: for an encoder whose weights cannot be read.
     """
     _write_tokenizer(source.tokenizer, state, folder)
-    encoder = load_encoder(source.path, source.config)
+    with naming_model(source.path):
+        encoder = load_encoder(source.path, source.config)
     embeddings = rows(encoder.get_input_embeddings().weight.detach()).clone()
     encoder.resize_token_embeddings(len(embeddings), mean_resizing=False)
     encoder.get_input_embeddings().weight.data.copy_(embeddings)
@@ -154,9 +158,6 @@ def new_folder(path: str) -> Iterator[Path]:
         with building_folder(Path(path)) as folder:
             yield folder
     except OSError as error:
-        # transformers' own, of an encoder without weights, has no number.
-        if error.errno is None:
-            raise
         raise XLFAError(f"--output_dir {path}: cannot write it ({error.strerror or error})") from None
 
 
