@@ -9,9 +9,11 @@ from study_data import CONTROLS, EPSILONS, HEADLINE, LANGUAGES, cell_predictions
 
 from xlfa.errors import XLFAError
 from xlfa.study.analysis import Analysis, analyse, held_out_cost
+from xlfa.study.conclusions import is_slope_shown
 from xlfa.study.conditions import choose_axis
 from xlfa.study.resampling import estimate, score_cells
 from xlfa.study.results import read_study
+from xlfa.study.significance import detectable_effect, paired_t
 from xlfa.study.sums import read_sums
 from xlfa.tasks import get_task
 
@@ -97,6 +99,35 @@ def test_the_interaction_is_the_difference_of_the_slopes():
     analysis = Analysis(*study_of(simulated(np.random.default_rng(4), (1, 2))))
     slopes = [trend["test"]["slope"] for trend in analysis.trends()]
     assert analysis.interactions()[0]["test"]["slope"] == pytest.approx(slopes[1] - slopes[0])
+
+
+def test_what_is_shown_of_a_slope_is_not_what_a_seed_does_alone():
+    """Slopes differ by seed about a mean of 0: the permutation test rejects too often."""
+    rng = np.random.default_rng(10)
+    permutation, shown = [], []
+    for _ in range(150):
+        values = {}
+        for seed in range(5):
+            own = rng.normal()
+            for epsilon in EPSILONS:
+                values["xnli", epsilon, seed] = 60 + own * (math.log10(epsilon) + 1) + 0.3 * rng.normal()
+        (trend,) = Analysis(*study_of(values)).trends()
+        permutation.append(trend["test"]["slope_p"] < 0.05)
+        shown.append(is_slope_shown(trend))
+    assert np.mean(permutation) > 0.12
+    # The interval hardly refuses what the t test lets pass: 0.05 + 2.6 standard errors of 150 studies.
+    assert np.mean(shown) <= 0.096
+
+
+def test_the_slope_that_can_be_detected_is_that_of_the_t_test():
+    values = {("xnli", epsilon, seed): 60.0 for epsilon in EPSILONS for seed in range(3)}
+    for seed, slope in enumerate((1.0, 2.0, 6.0)):
+        values["xnli", 1.0, seed] += slope
+        values["xnli", 0.01, seed] -= slope
+    (trend,) = Analysis(*study_of(values)).trends()
+    assert trend["slopes"] == pytest.approx({"0": 1, "1": 2, "2": 6})
+    assert trend["slopes_p"] == pytest.approx(paired_t(np.array([1.0, 2.0, 6.0])))
+    assert trend["detectable"] == pytest.approx(detectable_effect(math.sqrt(7) / math.sqrt(3), 2))
 
 
 def test_pairs_are_by_seed():

@@ -201,16 +201,22 @@ def test_a_number_beyond_the_cells_is_refused(load):
             plan.cell(number)
 
 
-@pytest.mark.parametrize("name", ["epsilon", "layers", "fusion", "sample"])
+@pytest.mark.parametrize("name", ["epsilon", "epsilon_gpu", "layers", "fusion", "sample"])
 def test_the_studies_of_the_repository_can_be_planned(name):
     plan = load_plan(REPOSITORY / "configs" / "study" / f"{name}.yaml")
     # In the arm debiased, no OT and the exact assignment are those of main.
-    sizes = {"epsilon": (4 * 16 - 2) * 5 * 2, "layers": 3 * 7 * 2, "fusion": 3 * 7, "sample": 6}
+    sizes = {
+        "epsilon": (4 * 16 - 2) * 5 * 2,
+        "layers": 3 * 7 * 2,
+        "fusion": 3 * 7,
+        "sample": 6,
+        "epsilon_gpu": 7 * 5 * 2,
+    }
     assert len(plan.cells) == sizes[name]
     assert json.loads(json.dumps([cell.settings for cell in plan.cells])) == [cell.settings for cell in plan.cells]
 
 
 @pytest.mark.offline
-@pytest.mark.parametrize("name", ["layers", "fusion", "sample"])
+@pytest.mark.parametrize("name", ["epsilon", "epsilon_gpu", "layers", "fusion", "sample"])
 def test_their_models_can_be_built(name):
     check_models(load_plan(REPOSITORY / "configs" / "study" / f"{name}.yaml"))

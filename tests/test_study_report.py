@@ -76,7 +76,7 @@ def table(output, name):
 
 
 def slope_in_xquad(task, point, control, language):
-    return 0.05 * math.log10(point["ot_epsilon"]) if point and task == "xquad" else 0.0
+    return 0.08 * math.log10(point["ot_epsilon"]) if point and task == "xquad" else 0.0
 
 
 def slope_in_both(task, point, control, language):
@@ -147,6 +147,7 @@ def test_numbers_of_the_page_are_those_of_the_files(reported):
     for row, entry in zip(table(reported, "tests"), report["interactions"] + report["trends"], strict=True):
         assert float(row["slope"]) == entry["test"]["slope"]
         assert float(row["p"]) == entry["test"]["slope_p"]
+        assert float(row["p over seeds"]) == entry["slopes_p"]
 
 
 def test_every_language_is_in_the_files(reported):
@@ -166,9 +167,9 @@ def test_words_where_epsilon_acts_on_one_task(reported):
     page, report = read(reported)
     shown = statements(report, "Shown")
     assert any(text.startswith("that ot_epsilon acts differently on XQuAD than on XNLI") for text in shown)
-    assert any(text.startswith("that XQuAD depends on ot_epsilon") for text in shown)
+    assert any(text.startswith("that XQuAD rises or falls with ot_epsilon") for text in shown)
     assert any(text.startswith("XQuAD F1, worse than no OT: ot_epsilon 0.01") for text in shown)
-    assert any(text.startswith("that XNLI depends on ot_epsilon") for text in statements(report, "Not shown"))
+    assert any(text.startswith("that XNLI rises or falls with ot_epsilon") for text in statements(report, "Not shown"))
     assert all(own["text"] in page.text for own in report["statements"])
     setting = report["statements"][0]["text"]
     for fact in (
@@ -204,7 +205,8 @@ def test_words_where_nothing_acts(tmp_path):
 def test_words_where_epsilon_helps_english_and_german_alone(tmp_path):
     write_study(tmp_path, effect=lambda task, point, control, code: 0.1 * bool(point and code in ("en", "de")), seed=4)
     _, report = report_on(tmp_path)
-    (text,) = (text for text in statements(report, "Shown") if text.startswith("XNLI accuracy, better for English"))
+    start = "XNLI accuracy, a higher difference to no OT on de and en"
+    (text,) = (text for text in statements(report, "Shown") if text.startswith(start))
     for row in table(tmp_path / "report", "differences"):
         if row["task"] == "xnli" and row["condition"] in ("0.01", "0.1", "1"):
             contrast = float(row["enf − noenf"])
@@ -236,8 +238,8 @@ def test_words_where_epsilon_acts_on_both_tasks_alike(tmp_path):
     write_study(tmp_path, effect=slope_in_both, seed=5)
     _, report = report_on(tmp_path)
     shown, not_shown = statements(report, "Shown"), statements(report, "Not shown")
-    assert any(text.startswith("that XNLI depends on ot_epsilon") for text in shown)
-    assert any(text.startswith("that XQuAD depends on ot_epsilon") for text in shown)
+    assert any(text.startswith("that XNLI rises or falls with ot_epsilon") for text in shown)
+    assert any(text.startswith("that XQuAD rises or falls with ot_epsilon") for text in shown)
     assert any("acts differently" in text for text in not_shown)
     assert not any("acts differently" in text for text in shown)
 
@@ -370,7 +372,9 @@ def test_values_of_a_field_are_compared_with_the_other_fields_alike(tmp_path):
 def test_one_seed_and_no_controls_are_reported_as_far_as_they_go(tmp_path):
     write_study(tmp_path, tasks=("xquad",), seeds=(0,), controls={}, clusters=4)
     page, report = report_on(tmp_path)
-    assert "the smallest possible p is 0.333" in page.text
+    (text,) = statements(report, "Not tested")
+    assert text.startswith("that XQuAD rises or falls with ot_epsilon: the slope of XQuAD is")
+    assert "n = 1 seed, 3 scores" in text and "takes two" in text
     assert sorted(path.stem for path in (tmp_path / "report" / "figures").iterdir()) == ["curves", "scores"]
     assert not (tmp_path / "report" / "tables" / "differences.csv").exists()
 
@@ -440,7 +444,55 @@ def test_a_level_of_fewer_seeds_is_told_apart(tmp_path):
     for name in ("differences", "scores", "groups"):
         assert "Means are over 2 to 4 seeds: faint points have fewer" in drawings[name].caption
         assert set(joined_points(drawings[name])) == {len(EPSILONS) - 1}
-    assert re.search(r"find, unadjusted: [\d.]+ points with 4 seeds and [\d.]+ points with 2 seeds", page.text)
+    points = r"[\d.]+ points \([\d.]+ at the strictest of Holm's steps\)"
+    assert re.search(f"studies find: {points} with 4 seeds and {points} with 2 seeds", page.text)
+    assert "n = 4 seeds, 10 of 12 differences to shuffled pairs" in page.text
+
+
+def test_a_line_of_fewer_seeds_is_faint(tmp_path):
+    points = [{"ot_epsilon": epsilon, "ot_weight": weight} for weight in (0.1, 0.3) for epsilon in EPSILONS]
+    folder = write_study(tmp_path, tasks=("xnli",), seeds=(0, 1, 2), points=points, clusters=8)
+    for path in folder.glob("cells/*ot_weight_0.3-s2"):
+        shutil.rmtree(path)
+    _, report = report_on(folder)
+    for drawing in draw_all(report):
+        if drawing.name in ("differences", "scores", "groups"):
+            assert "Means are over 2 to 3 seeds: faint points have fewer" in drawing.caption
+            per_line = [
+                {line.get_alpha() for line in axes.get_lines() if line.get_marker() in ("o", "s")}
+                for axes in drawing.figure.axes
+            ]
+            assert per_line == [{None}, {0.45}]
+
+
+def test_a_rise_and_a_fall_is_no_slope_and_yet_a_difference(tmp_path):
+    def peak(task, point, *_):
+        return 0.2 if point and point["ot_epsilon"] == 0.1 else 0.0
+
+    write_study(tmp_path, peak, ("xnli",))
+    _, report = report_on(tmp_path)
+    (text,) = (text for text in statements(report, "Not shown") if text.startswith("that XNLI rises or falls"))
+    assert "Its levels differ as a factor: a dependence that is no straight line is not ruled out." in text
+
+
+def test_weights_and_arms_are_compared_at_the_same_epsilon(tmp_path):
+    def effect(task, point, control, code):
+        return 0.15 if point and point["ot_weight"] == 0.3 else 0.0
+
+    points = [{"ot_epsilon": epsilon, "ot_weight": 0.1} for epsilon in EPSILONS]
+    points += [{"ot_epsilon": epsilon, "ot_weight": 0.3} for epsilon in EPSILONS[1:]]
+    write_study(tmp_path, effect, ("xnli",), (0, 1, 2), points, arms=("main", "dlfa"))
+    _, report = report_on(tmp_path)
+    rows = [(row["arm"], row["difference of"], row["at"]) for row in table(tmp_path / "report", "effects")]
+    of_weights = [("0.3 − 0.1", ""), ("0.3 − 0.1", "ot_epsilon 0.1"), ("0.3 − 0.1", "ot_epsilon 1")]
+    assert rows[:6] == [(arm, *own) for arm in ("main", "dlfa") for own in of_weights]
+    assert rows[6] == ("", "dlfa − main", "") and len(rows) == 12
+    means = [own for own in report["effects"] if own["at"] is None]
+    assert [own["pairs"] for own in means] == [2, 2, 5]
+    assert means[0]["scores"]["accuracy"]["headline"]["value"] == pytest.approx(14, abs=5)
+    shown = statements(report, "Shown")
+    assert any("(main), a better value of ot_weight, a mean over 2 other settings: 0.3 − 0.1 +" in own for own in shown)
+    assert any("a difference between values of arm" in own for own in statements(report, "Not shown"))
 
 
 def joined_points(drawing):

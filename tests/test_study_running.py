@@ -329,7 +329,8 @@ def test_a_study_trains_scores_and_describes_each_cell(study, capsys):
         assert cell.curves["step"] == [1, 2, 3, 4, 5, 6] and None not in cell.curves["task_loss"]
         assert (None in cell.curves["ot_loss"]) is not aligned
         assert (cell.transport is not None) is aligned
-        assert cell.gradient_ratio is None or cell.gradient_ratio["step"] == [0, 3]
+        assert (cell.gradient_ratio is not None) is aligned
+        assert not aligned or cell.gradient_ratio["step"] == [0, 3]
         assert cell.seconds.keys() == {"train", "score", "retrieval"} and cell.threads >= 1
         run = cell.folder / "run"
         assert not [*run.glob("checkpoint-*"), *run.glob("*.safetensors")]

@@ -11,13 +11,13 @@ from xlfa.study.significance import (
     Response,
     arrange,
     detectable_effect,
-    detectable_slope,
     holm,
     omega_squared,
     paired_t,
     permutation_test,
     pooled_deviation,
     seed_weights,
+    slopes_by_seed,
 )
 
 
@@ -169,14 +169,22 @@ def test_the_detectable_effect_is_detected_in_four_of_five_studies(seeds):
     assert (stats.ttest_1samp(samples, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
 
 
-def test_the_detectable_slope_is_detected():
-    rng = np.random.default_rng(6)
-    x = np.tile(np.arange(3.0) - 1, 5)
-    # Of pure noise with deviation 1: 15 values, 5 seeds and a slope leave 9 degrees of freedom.
-    detectable = np.mean([detectable_slope(response(rng.normal(size=(5, 3)))) for _ in range(400)])
-    assert detectable == pytest.approx(detectable_effect(1 / math.sqrt(x @ x), 9), rel=0.05)
-    assert detectable_slope(response([[1, 2]])) is None
+def test_slopes_of_seeds_by_hand():
+    # Missing pairs leave a seed the levels that it has.
+    assert slopes_by_seed(response([[0, 1, 2], [5, math.nan, 1], [1, 1, 1]])) == pytest.approx([1, -2, 0])
     assert detectable_effect(1.0, 0) is None
+
+
+def test_slopes_that_differ_by_seed_are_told_by_the_t_test_over_seeds_alone():
+    rng = np.random.default_rng(6)
+    permutation, over_seeds = [], []
+    for _ in range(200):
+        own = response(rng.normal(size=(4, 1)) * (np.arange(3) - 1) + 0.3 * rng.normal(size=(4, 3)))
+        permutation.append(permutation_test(own).slope_p)
+        over_seeds.append(paired_t(slopes_by_seed(own)))
+    # The mean slope is 0: 0.05 ± 2.6 standard errors of 200 studies.
+    assert 0.01 <= np.mean(np.array(over_seeds) < 0.05) <= 0.09
+    assert np.mean(np.array(permutation) < 0.05) > 0.12
 
 
 def test_pooled_deviation_by_hand():

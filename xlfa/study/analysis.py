@@ -39,12 +39,12 @@ from xlfa.study.significance import (
     ALPHA,
     Response,
     detectable_effect,
-    detectable_slope,
     holm,
     paired_t,
     permutation_test,
     pooled_deviation,
     seed_weights,
+    slopes_by_seed,
 )
 from xlfa.study.summaries import (
     describe_facts,
@@ -57,6 +57,8 @@ from xlfa.study.summaries import (
 
 REPORT_VERSION = 1
 POINTS, DEVIATIONS = "points", "pooled seed deviations"
+# What an arm is called where arms are held against each other as the values of a field are.
+ARM = "arm"
 
 
 def analyse(study: Study) -> dict[str, Any]:
@@ -309,47 +311,56 @@ class Analysis:
         return trends
 
     def effects(self) -> list[dict[str, Any]]:
-        """What a field without an order does: each two of its values, the second minus the first, paired by seed.
+        """What a field beside the axis does: each two of its values, the second minus the first, paired by seed.
+
+        Of an axis without an order these are all fields; what an axis of numbers does, `trends` describes. Arms are
+        compared likewise, as values of `ARM`.
 
         First a mean over the combinations of the grid's other fields that both values have, by the seeds that all of
-        these have; then, `at` each combination, its own, since a mean over a gain and a loss would hide both. Empty on
-        an axis of numbers, whose dependence `trends` describes.
+        these have; then, `at` each combination, its own, since a mean over a gain and a loss would hide both.
         """
-        if self.axis is None or self.axis.values is not None:
+        if self.axis is None:
             return []
+        names = self.axis.rest if self.axis.values is not None else list(self.study.fields)
         effects = []
-        for (task, line), conditions in self._grid_lines().items():
-            for name, values in self.study.fields.items():
-                means, singles = [], []
-                for first, second in itertools.combinations(values, 2):
-                    about = {"task": task, "line": line, "field": name}
-                    about |= {"first": describe_value(first), "second": describe_value(second)}
-                    pairs = self._pairs(conditions, name, first, second)
-                    compared = self._compare(list(pairs.values()))
-                    if compared is not None:
-                        means.append({**about, "at": None, "pairs": len(pairs), **compared})
-                    for at, pair in pairs.items() if len(pairs) > 1 else ():
-                        compared = self._compare([pair])
-                        if compared is not None:
-                            singles.append({**about, "at": at, "pairs": 1, **compared})
-                for family in (means, singles):
-                    _adjust(family)
-                    self._add_detectable(family)
-                    effects += family
+        for task in self.study.tasks:
+            grid = [own for own in self.conditions if own.kind == GRID and own.task == task]
+            for arm, name in itertools.product(self.study.arms, names):
+                of_arm = [own for own in grid if own.arm == arm]
+                by_value = {value: self._by_point(of_arm, name, value) for value in self.study.fields[name]}
+                effects += self._effects_of({"task": task, "arm": arm, "field": name}, by_value)
+            by_arm = {arm: self._by_point([own for own in grid if own.arm == arm]) for arm in self.study.arms}
+            effects += self._effects_of({"task": task, "arm": None, "field": ARM}, by_arm)
         return effects
 
-    def _pairs(
-        self, line: list[Condition], name: str, first: Value, second: Value
-    ) -> dict[str, tuple[Condition, Condition]]:
-        """Conditions that differ in one field alone, with its first and second value, by what the others are."""
-        cells = self.scores[line[0].task].cells
-        points = [(own, cells[next(iter(own.members.values()))].point) for own in line]
-        others = [own for own in self.study.fields if own != name]
-        one, other = (
-            {describe_point(point, others): own for own, point in points if point.get(name) == value}
-            for value in (first, second)
-        )
-        return {at: (one[at], other[at]) for at in one if at in other}
+    def _effects_of(self, about: dict[str, Any], by_value: dict[Value, dict[str, Condition]]) -> list[dict[str, Any]]:
+        """Of one field: value → what the other fields are → the condition."""
+        means, singles = [], []
+        for (first, one), (second, other) in itertools.combinations(by_value.items(), 2):
+            pairs = {at: (one[at], other[at]) for at in one if at in other}
+            of_two = about | {"first": describe_value(first), "second": describe_value(second)}
+            compared = self._compare(list(pairs.values()))
+            if compared is not None:
+                means.append({**of_two, "at": None, "pairs": len(pairs), **compared})
+            for at, pair in pairs.items() if len(pairs) > 1 else ():
+                compared = self._compare([pair])
+                if compared is not None:
+                    singles.append({**of_two, "at": at, "pairs": 1, **compared})
+        for family in (means, singles):
+            _adjust(family)
+            self._add_detectable(family)
+        return means + singles
+
+    def _by_point(
+        self, conditions: list[Condition], name: str | None = None, value: Value = None
+    ) -> dict[str, Condition]:
+        """Grid conditions by what their fields are; with a field's name, those with this value, by the other fields."""
+        found = {}
+        for own in conditions:
+            point = self.scores[own.task].cells[next(iter(own.members.values()))].point
+            if name is None or point.get(name) == value:
+                found[describe_point(point, (each for each in self.study.fields if each != name))] = own
+        return found
 
     def interactions(self) -> list[dict[str, Any]]:
         """For each two tasks and each line: whether the second one's dependence on the axis differs from the first's.
@@ -382,7 +393,7 @@ class Analysis:
         return interactions
 
     def _test(self, responses: dict[tuple[int, int], tuple[float, np.ndarray]]) -> dict[str, Any]:
-        """The permutation test of responses by seed and level, and the slope's interval.
+        """The permutation test of responses by seed and level, the slope's interval, and a t test over seeds' slopes.
 
         Seeds with a single level say nothing about a dependence, and are left out.
         """
@@ -391,7 +402,8 @@ class Analysis:
         seeds, levels = sorted(several), sorted({level for _, level in keys})
         described: dict[str, Any] = {"seeds": seeds, "levels": [self.axis.levels[level] for level in levels]}
         if not keys:
-            return {**described, "observations": 0, "test": None, "interval": None, "detectable": None}
+            nothing = dict.fromkeys(("test", "interval", "slopes", "slopes_p", "detectable"))
+            return {**described, "observations": 0, **nothing}
         positions = None if self.axis.values is None else self.axis.places
         response = Response(
             values=np.array([responses[key][0] for key in keys]),
@@ -401,10 +413,16 @@ class Analysis:
         )
         described |= {"observations": len(keys), "test": asdict(permutation_test(response))}
         if positions is None:
-            return {**described, "interval": None, "detectable": None}
+            return described | dict.fromkeys(("interval", "slopes", "slopes_p", "detectable"))
         draws = np.stack([responses[key][1] for key in keys])
-        bounds = interval(slope_draws(response, draws)).tolist()
-        return {**described, "interval": bounds, "detectable": detectable_slope(response)}
+        slopes, n = slopes_by_seed(response), len(seeds)
+        return {
+            **described,
+            "interval": interval(slope_draws(response, draws)).tolist(),
+            "slopes": dict(zip(map(str, seeds), slopes.tolist())),
+            "slopes_p": paired_t(slopes),
+            "detectable": None if n < 2 else detectable_effect(slopes.std(ddof=1) / math.sqrt(n), n - 1),
+        }
 
     def selections(self) -> list[dict[str, Any]]:
         """What choosing the level on English validation costs in the target languages, for each task and line.

@@ -31,6 +31,7 @@ from xlfa.scores import SCORES_FILE
 from xlfa.study.encoders import Encoders
 from xlfa.study.grid import Plan, PlannedCell
 from xlfa.study.results import LAST_PART, SCHEMA_VERSION
+from xlfa.study.summaries import mean_or_none
 from xlfa.study.sums import without_examples, write_sums
 from xlfa.training import train
 
@@ -181,18 +182,13 @@ def describe_transport(log: list[dict[str, Any]], last_step: int, weight: float 
     if not entries:
         return None
     late = [entry for entry in entries if entry["step"] > (1 - LAST_PART) * last_step] or entries[-1:]
-    entropy = _mean(late, "ot_plan_entropy")
+    entropy = mean_or_none(entry.get("ot_plan_entropy") for entry in late)
     return {
         "plan_perplexity": None if entropy is None else math.exp(entropy),
-        **{name: _mean(late, logged) for name, logged in TRANSPORT_NAMES.items()},
+        # Limits of epsilon have no iterations, and no finite epsilon.
+        **{name: mean_or_none(entry.get(logged) for entry in late) for name, logged in TRANSPORT_NAMES.items()},
         "ot_weight": weight,
     }
-
-
-def _mean(entries: list[dict[str, Any]], name: str) -> float | None:
-    """Of the finite values; None without any: limits of epsilon have no iterations, and no finite epsilon."""
-    values = [entry[name] for entry in entries if name in entry and math.isfinite(entry[name])]
-    return sum(values) / len(values) if values else None
 
 
 def loss_curves(log: list[dict[str, Any]]) -> dict[str, list[float | None]]:
@@ -200,7 +196,7 @@ def loss_curves(log: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     entries = [entry for entry in log if "task_loss" in entry]
     return {
         "step": [entry["step"] for entry in entries],
-        **{name: [_mean([entry], logged) for entry in entries] for name, logged in CURVES.items()},
+        **{name: [mean_or_none([entry.get(logged)]) for entry in entries] for name, logged in CURVES.items()},
     }
 
 

@@ -1,9 +1,10 @@
 """What a study shows and what it does not, in words that follow from the content of `report.json`.
 
-A difference or a dependence is called shown where its test rejects (p below 0.05, adjusted for a family of differences)
-and its interval leaves 0 out; one on a field without an order has no slope, and is shown where omega squared's test
-rejects. Everything else is not shown, which is not the same as shown to be nothing: the smallest effect that the design
-would have found stands beside it, where there is one.
+A difference is called shown where its test rejects (p below 0.05, adjusted for a family) and its interval leaves 0 out.
+A slope is, where the permutation test rejects, the interval leaves 0 out, and so does the t test over the slopes of the
+seeds, for the first is about these seeds alone. A dependence on a field without an order is shown where omega squared's
+test rejects. Everything else is not shown, which is not the same as shown to be nothing: the smallest effect that the
+design would have found stands beside it, where there is one.
 """
 
 import itertools
@@ -14,7 +15,7 @@ from xlfa.scores import describe_examples
 from xlfa.study.analysis import DEVIATIONS, POINTS
 from xlfa.study.conditions import CONTROL, GRID
 from xlfa.study.figures import METRIC_NAMES, condition_name, control_name, of_line, task_name
-from xlfa.study.resampling import HEADLINE
+from xlfa.study.resampling import ENF, HEADLINE, leaves_zero_out
 from xlfa.study.significance import ALPHA
 
 SHOWN, NOT_SHOWN, NOT_TESTED = "Shown", "Not shown", "Not tested"
@@ -30,13 +31,15 @@ def conclude(report: dict[str, Any]) -> list[dict[str, str]]:
         for task in report["tasks"]:
             if of_line(report, task, line):
                 statements.append(_trend(report, task, line, where))
-                statements += _effects(report, task, line, where)
                 statements += _differences(report, of_line(report, task, line), where)
                 statements += _contrasts(report, of_line(report, task, line), where)
     for arm, task in itertools.product(report["arms"], report["tasks"]):
+        where = f" ({arm})" if len(report["arms"]) > 1 else ""
+        statements += _effects(report, task, arm, where)
         of_arm = [own for own in report["conditions"] if (own["task"], own["arm"]) == (task, arm)]
-        controls = [own for own in of_arm if own["kind"] == CONTROL]
-        statements += _differences(report, controls, f" ({arm})" if len(report["arms"]) > 1 else "")
+        statements += _differences(report, [own for own in of_arm if own["kind"] == CONTROL], where)
+    for task in report["tasks"]:
+        statements += _effects(report, task, None, "")
     for line in report["lines"]:
         statements += _choices(report, line, f" ({line})" if len(report["lines"]) > 1 else "")
     statements += _transport(report)
@@ -49,7 +52,13 @@ def _statement(verdict: str, text: str) -> dict[str, str]:
 
 def is_shown(p: float | None, bounds: list[float] | None) -> bool:
     """Whether the test rejects and the interval leaves 0 out."""
-    return p is not None and p < ALPHA and bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
+    return p is not None and p < ALPHA and bounds is not None and leaves_zero_out(bounds)
+
+
+def is_slope_shown(entry: dict[str, Any]) -> bool:
+    """Whether both tests reject and the interval leaves 0 out."""
+    over_seeds = entry["slopes_p"]
+    return is_shown(entry["test"]["slope_p"], entry["interval"]) and over_seeds is not None and over_seeds < ALPHA
 
 
 def format_p(p: float | None) -> str:
@@ -133,9 +142,9 @@ def _interactions(report: dict[str, Any], line: str, where: str) -> list[dict[st
 def _trend(report: dict[str, Any], task: str, line: str, where: str) -> dict[str, str]:
     entry = next(own for own in report["trends"] if (own["task"], own["line"]) == (task, line))
     name = task_name(task)
-    return _dependence(
-        report, entry, None, f"that {name} depends on {report['axis']['name']}{where}", f"the slope of {name}"
-    )
+    axis = report["axis"]
+    verb = "depends on" if axis["kind"] == "categorical" else "rises or falls with"
+    return _dependence(report, entry, None, f"that {name} {verb} {axis['name']}{where}", f"the slope of {name}")
 
 
 def _dependence(
@@ -145,7 +154,7 @@ def _dependence(
     test = entry["test"]
     if test is None or (test["slope"] is None and test["omega_squared"] is None):
         return _statement(NOT_TESTED, f"{question}: no seed has two levels of it, or nothing is left for the error.")
-    size = f"n = {count(len(entry['seeds']), 'seed')}, {entry['observations']} differences"
+    size = f"n = {count(len(entry['seeds']), 'seed')}, {_observations(report, entry)}"
     omega = ""
     if test["omega_squared"] is not None:
         omega = (
@@ -158,27 +167,46 @@ def _dependence(
         if standardised is not None and standardised["test"] is not None:
             found += f" In units of the seeds' deviation: {format_p(standardised['test']['omega_squared_p'])}."
         return _statement(verdict, found)
-    shown = is_shown(test["slope_p"], entry["interval"])
     found = (
         f"{question}: {slope} is {slope_text(test['slope'])} points per {report['axis']['unit']} "
-        f"({format_interval(entry['interval'], slope_text)}, permutation {format_p(test['slope_p'])}, {size})"
-        + (f"; as a factor, {omega}." if omega else ".")
+        f"({format_interval(entry['interval'], slope_text)}, permutation {format_p(test['slope_p'])}, "
+        f"t over seeds {format_p(entry['slopes_p'])}, {size})" + (f"; as a factor, {omega}." if omega else ".")
     )
-    if (test["slope_p"] < ALPHA) != (entry["interval"][0] > 0 or entry["interval"][1] < 0):
-        found += " Test and interval disagree."
+    if entry["slopes_p"] is None:
+        return _statement(NOT_TESTED, f"{found} To say something of other seeds takes two, and a spread between them.")
+    shown = is_slope_shown(entry)
+    parts = {test["slope_p"] < ALPHA, entry["slopes_p"] < ALPHA, leaves_zero_out(entry["interval"])}
+    if len(parts) > 1:
+        found += " The tests and the interval disagree."
     if standardised is not None and standardised["test"] is not None:
-        other = standardised["test"]
-        agrees = is_shown(other["slope_p"], standardised["interval"]) == shown
-        found += (
-            f" In units of the seeds' deviation it is {slope_text(other['slope'])} ({format_p(other['slope_p'])})"
-            + ("." if agrees else ": the verdict depends on the unit.")
-        )
+        found += _in_deviations(standardised, test["slope"], shown)
     if not shown:
+        if omega and test["omega_squared_p"] < ALPHA:
+            found += " Its levels differ as a factor: a dependence that is no straight line is not ruled out."
         too_few = _too_few(test["smallest_slope_p"])
         found += too_few
         if not too_few and entry["detectable"] is not None:
             found += f" A true slope below {entry['detectable']:.3g} would be missed in more than 1 of 5 such studies."
     return _statement(SHOWN if shown else NOT_SHOWN, found)
+
+
+def _observations(report: dict[str, Any], entry: dict[str, Any]) -> str:
+    """How many there are and what of; which levels, where these are not all."""
+    whole = len(entry["seeds"]) * len(entry["levels"])
+    found = str(entry["observations"]) + (f" of {whole}" if entry["observations"] < whole else "")
+    found += " scores" if entry["reference"] is None else f" differences to {control_name(entry['reference'])}"
+    return found + (f" at {join(entry['levels'])}" if len(entry["levels"]) < len(report["axis"]["levels"]) else "")
+
+
+def _in_deviations(standardised: dict[str, Any], slope: float, shown: bool) -> str:
+    """The slope in the other unit, and whether that says something else."""
+    other = standardised["test"]
+    if is_slope_shown(standardised) != shown:
+        remark = ": the verdict depends on the unit."
+    else:
+        remark = ", of the other sign." if other["slope"] * slope < 0 else "."
+    p = format_p(other["slope_p"])
+    return f" In units of the seeds' deviation it is {slope_text(other['slope'])} ({p}){remark}"
 
 
 def _too_few(smallest_p: float) -> str:
@@ -216,24 +244,27 @@ def _unit_of(family: list[dict[str, Any]]) -> str:
 def _least(effects: list[dict[str, Any]]) -> str:
     """What a family of tests could have found."""
     # A level of few seeds does not say what those of more could have found.
-    by_seeds: dict[int, float] = {}
+    by_seeds: dict[int, tuple[float, float]] = {}
     for own in effects:
         if own["detectable"]:
-            by_seeds[len(own["seeds"])] = max(own["detectable"], by_seeds.get(len(own["seeds"]), 0.0))
+            found = own["detectable"], own["detectable_holm"]
+            by_seeds[len(own["seeds"])] = max(found, by_seeds.get(len(own["seeds"]), found))
     if not by_seeds:
         return ""
     found = join(
         [
-            f"{points:.2f} points" + (f" with {count(seeds, 'seed')}" if len(by_seeds) > 1 else "")
-            for seeds, points in sorted(by_seeds.items(), reverse=True)
+            f"{single:.2f} points"
+            + (f" ({strictest:.2f} at the strictest of Holm's steps)" if strictest > single else "")
+            + (f" with {count(seeds, 'seed')}" if len(by_seeds) > 1 else "")
+            for seeds, (single, strictest) in sorted(by_seeds.items(), reverse=True)
         ]
     )
-    return f" The smallest true difference that 4 in 5 such studies find, unadjusted: {found}."
+    return f" The smallest true difference that 4 in 5 such studies find: {found}."
 
 
-def _effects(report: dict[str, Any], task: str, line: str, where: str) -> list[dict[str, str]]:
-    """The values of each field without an order, held against each other."""
-    own = [effect for effect in report["effects"] if (effect["task"], effect["line"]) == (task, line)]
+def _effects(report: dict[str, Any], task: str, arm: str | None, where: str) -> list[dict[str, str]]:
+    """The values of each field beside the axis, or without an arm the arms, held against each other."""
+    own = [effect for effect in report["effects"] if (effect["task"], effect["arm"]) == (task, arm)]
     metric = report["tasks"][task]["metrics"][0]
     statements = []
     for (name, is_mean), group in itertools.groupby(own, key=lambda effect: (effect["field"], effect["at"] is None)):
@@ -262,10 +293,13 @@ def _contrasts(report: dict[str, Any], conditions: list[dict[str, Any]], where: 
     if not family:
         return []
     effects = [(condition_name(report, own), own["difference"]["contrast"]) for own in family]
+    baseline = control_name(family[0]["difference"]["baseline"])
+    near = join(report["tasks"][family[0]["task"]]["groups"][ENF])
+    # Of two losses the smaller one is the higher difference.
     words = {
-        BETTER: "better for English and German than for the others",
-        WORSE: "worse for English and German than for the others",
-        NOT_SHOWN: "another difference to the baseline on English and German than on the others",
+        BETTER: f"a higher difference to {baseline} on {near} than on the others",
+        WORSE: f"a lower difference to {baseline} on {near} than on the others",
+        NOT_SHOWN: f"another difference to {baseline} on {near} than on the others",
     }
     return _secondary(report, family[0]["task"], effects, where, words, _unit_of(family), "")
 
@@ -354,8 +388,9 @@ def _transport(report: dict[str, Any]) -> list[dict[str, str]]:
 def _limits(report: dict[str, Any]) -> str:
     seeds = len(report["facts"]["seeds"])
     return (
-        f"Limits: {count(len(report['facts']['encoders']), 'encoder')}; tests say what other seeds would do on these "
-        f"examples, intervals also what other examples would do, both from {count(seeds, 'seed')}. Intervals of few "
-        "seeds hold the truth less often than they say, and those of a single one say nothing of other seeds. "
-        "Languages one by one are not adjusted for their number. Not shown does not mean that there is no effect."
+        f"Limits: {count(len(report['facts']['encoders']), 'encoder')}; permutation tests are about these seeds on "
+        "these examples, t tests say what other seeds would do on them, intervals also what other examples would do, "
+        f"all from {count(seeds, 'seed')}. Intervals of few seeds hold the truth less often than they say, and those "
+        "of a single one say nothing of other seeds. Languages one by one are not adjusted for their number. Not shown "
+        "does not mean that there is no effect."
     )

@@ -16,7 +16,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from xlfa.study.conditions import BASELINES, CONTROL, GRID
-from xlfa.study.resampling import ENF, HEADLINE, NOENF
+from xlfa.study.resampling import ENF, HEADLINE, NOENF, leaves_zero_out
 from xlfa.study.results import MAIN_ARM, SEPARATOR
 
 # Light mode's ink, faint ink and paper. As written here they stand for the reader's own in an SVG, so nothing else may
@@ -183,6 +183,9 @@ def _differences(report: dict[str, Any]) -> Iterator[Drawing]:
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for axes in panels[len(lines) :]:
         axes.set_axis_off()
+    shown = [own for task in report["tasks"] for line in lines for own in _with_controls(report, task, line)]
+    members = [own["difference"]["seeds"] for own in shown if own["difference"]]
+    most = max(map(len, members))
     for axes, line in zip(panels, lines):
         _prepare_axis(axes, report, label=True)
         levels = _positions(report, list(range(len(report["axis"]["levels"]))))
@@ -196,8 +199,9 @@ def _differences(report: dict[str, Any]) -> Iterator[Drawing]:
             label = f"{task_name(task)} ({METRIC_NAMES.get(metric, metric)})"
             own_places = _positions(report, [each["level"] for each in grid])
             style = "o" if report["axis"]["kind"] == "categorical" else "o-"
-            _error_bars(axes, own_places + shift, grid, task, style, label=label)
-            _error_bars(axes, np.array([places[own["condition"]] for own in controls]) + shift, controls, task, "D")
+            control_places = np.array([places[own["condition"]] for own in controls]) + shift
+            _error_bars(axes, own_places + shift, grid, task, most, style, label=label)
+            _error_bars(axes, control_places, controls, task, most, "D")
         axes.axhline(0, color=INK, linewidth=0.9)
         axes.set_title(_panel_title(report, line))
     baseline = _baseline(report)
@@ -208,10 +212,9 @@ def _differences(report: dict[str, Any]) -> Iterator[Drawing]:
         handles, labels = axes.get_legend_handles_labels()
         legend |= dict(zip(labels, handles))
     figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=5, fontsize=8)
-    shown = [own for task in report["tasks"] for line in lines for own in _with_controls(report, task, line)]
     caption = (
-        f"Mean over the headline languages minus that of {baseline}, paired by seed. Bars: {_intervals(shown)}. "
-        f"Diamonds: controls.{_seeds(shown)}"
+        f"Mean over the headline languages minus that of {baseline}, paired by seed. Bars: {_intervals(members)}. "
+        f"Diamonds: controls.{_seeds(members)}"
     )
     yield Drawing("differences", f"Difference to {baseline}", caption, figure)
 
@@ -243,6 +246,7 @@ def _error_bars(
     places: np.ndarray,
     conditions: list[dict[str, Any]],
     task: str,
+    most: int,
     style: str,
     group: str = HEADLINE,
     **options: Any,
@@ -253,7 +257,7 @@ def _error_bars(
         values, errors = _values([own["difference"]["scores"][metric] for own in conditions], group)
         look = {"color": _colour(task), "markersize": 5, "capsize": 2.5, "linewidth": 1.4}
         seeds = [own["difference"]["seeds"] for own in conditions]
-        _points(axes, places, values, errors, seeds, style, **(look | options))
+        _points(axes, places, values, errors, seeds, most, style, **(look | options))
 
 
 def _points(
@@ -262,19 +266,23 @@ def _points(
     values: np.ndarray,
     errors: np.ndarray,
     seeds: list[list[int]],
+    most: int,
     style: str,
     **look: Any,
 ) -> Any:
-    """Points with their intervals; those of fewer seeds than the most are faint, and not joined with the others.
+    """Points with their intervals; those of fewer seeds than the figure's `most` are faint.
 
-    A line through means over different seeds would show the seeds, not the axis.
+    Joined are those that have as many as any of this line: one through means over different seeds would show the seeds,
+    not the axis.
     """
     numbers = np.array([len(own) for own in seeds])
-    whole = numbers == numbers.max()
-    if not whole.all():
-        apart = look | {"label": None, "alpha": 0.45}
-        axes.errorbar(places[~whole], values[~whole], errors[:, ~whole], fmt=style.rstrip("-"), **apart)
-    return axes.errorbar(places[whole], values[whole], errors[:, whole], fmt=style, **look)
+    joined = numbers == numbers.max()
+    faint = {"alpha": 0.45}
+    if not joined.all():
+        apart = look | faint | {"label": None}
+        axes.errorbar(places[~joined], values[~joined], errors[:, ~joined], fmt=style.rstrip("-"), **apart)
+    look |= faint if numbers.max() < most else {}
+    return axes.errorbar(places[joined], values[joined], errors[:, joined], fmt=style, **look)
 
 
 def _with_difference(report: dict[str, Any], line: str) -> bool:
@@ -290,17 +298,17 @@ def _with_controls(report: dict[str, Any], task: str, line: str) -> list[dict[st
     return [*of_line(report, task, line), *of_line(report, task, line, CONTROL)]
 
 
-def _intervals(conditions: list[dict[str, Any]]) -> str:
-    """What the intervals are from: with a single seed nothing is known of what another one would do."""
-    single = any(len(own["seeds"]) == 1 for own in conditions)
+def _intervals(members: list[list[int]]) -> str:
+    """What the intervals of means over these seeds are from; a single one tells nothing of what another would do."""
+    single = any(len(seeds) == 1 for seeds in members)
     return "95 % intervals from clusters of examples x seeds" + (
         ", of a single seed from clusters alone" if single else ""
     )
 
 
-def _seeds(conditions: list[dict[str, Any]]) -> str:
-    """A warning where conditions have different numbers of seeds."""
-    numbers = {len(own["seeds"]) for own in conditions}
+def _seeds(members: list[list[int]]) -> str:
+    """A warning where means are over different numbers of seeds."""
+    numbers = {len(seeds) for seeds in members}
     if len(numbers) == 1:
         return ""
     return f" Means are over {min(numbers)} to {max(numbers)} seeds: faint points have fewer than the others."
@@ -329,6 +337,8 @@ def _draw_scores(report: dict[str, Any], name: str, lines: list[str], shown: lis
     figure = Figure(figsize=(max(7.0, 4.0 * len(lines)), 2.5 * len(shown) + 0.8), layout="constrained")
     panels = figure.subplots(len(shown), len(lines), sharey="row", squeeze=False)
     handles: dict[str, Any] = {}
+    drawn = [own["seeds"] for task in report["tasks"] for line in lines for own in _with_controls(report, task, line)]
+    most = max(map(len, drawn))
     for number, ((task, metric), row) in enumerate(zip(shown, panels)):
         for line, axes in zip(lines, row):
             _prepare_axis(axes, report, label=number == len(shown) - 1)
@@ -340,7 +350,7 @@ def _draw_scores(report: dict[str, Any], name: str, lines: list[str], shown: lis
                 style = "o" if report["axis"]["kind"] == "categorical" else "o-"
                 look = {"color": _colour(task), "markersize": 5, "capsize": 2.5, "linewidth": 1.6, "zorder": 3}
                 members = [own["seeds"] for own in grid]
-                handles[task_name(task)] = _points(axes, places, values, errors, members, style, **look)
+                handles[task_name(task)] = _points(axes, places, values, errors, members, most, style, **look)
                 for place, own in zip(places, grid):
                     seeds = own["by_seed"][metric]
                     axes.plot([place] * len(seeds), seeds, "_", color=_colour(task), alpha=0.6, markersize=7, zorder=2)
@@ -350,7 +360,6 @@ def _draw_scores(report: dict[str, Any], name: str, lines: list[str], shown: lis
     figure.legend(
         list(handles.values()), list(handles), loc="outside lower center", ncols=min(6, len(handles)), fontsize=8
     )
-    drawn = [own for task in report["tasks"] for line in lines for own in _with_controls(report, task, line)]
     caption = (
         f"Mean over the headline languages ({' '.join(report['headline'])}). Bars and bands: {_intervals(drawn)}, "
         "those of the controls but the baseline at the right edge; dashes: single seeds. Intervals hold what all "
@@ -397,6 +406,9 @@ def _groups(report: dict[str, Any]) -> Iterator[Drawing]:
 def _draw_groups(report: dict[str, Any], name: str, lines: list[str], tasks: list[str]) -> Drawing:
     figure = Figure(figsize=(max(7.0, 3.8 * len(lines)), 2.4 * len(tasks) + 0.8), layout="constrained")
     panels = figure.subplots(len(tasks), len(lines), sharey=True, squeeze=False)
+    shown = [own for task in tasks for line in lines for own in of_line(report, task, line)]
+    drawn = [own["difference"]["seeds"] for own in shown if own["difference"]]
+    most = max(map(len, drawn))
     for number, (task, row) in enumerate(zip(tasks, panels)):
         for line, axes in zip(lines, row):
             _prepare_axis(axes, report, label=number == len(tasks) - 1)
@@ -406,14 +418,14 @@ def _draw_groups(report: dict[str, Any], name: str, lines: list[str], tasks: lis
             for group, shift, style, face in ((ENF, -0.04, "o-", _colour(task)), (NOENF, 0.04, "s--", PAPER)):
                 style = style.rstrip("-") if report["axis"]["kind"] == "categorical" else style
                 label = f"{task_name(task)} {group}"
-                _error_bars(axes, places + shift * step, grid, task, style, group, markerfacecolor=face, label=label)
+                look = {"markerfacecolor": face, "label": label}
+                _error_bars(axes, places + shift * step, grid, task, most, style, group, **look)
             axes.axhline(0, color=INK, linewidth=0.9)
             if number == 0:
                 axes.set_title(_panel_title(report, line))
         row[0].set_ylabel(f"{task_name(task)}\ndifference, points")
         row[0].legend(loc="best", fontsize=8, ncols=2)
     members = {group: " ".join(report["tasks"][tasks[0]]["groups"][group]) for group in (ENF, NOENF)}
-    drawn = [own for task in tasks for line in lines for own in of_line(report, task, line)]
     caption = (
         f"Difference to {_baseline(report)}: {ENF} ({members[ENF]}) and {NOENF} ({members[NOENF]}), "
         f"{_intervals(drawn)}. Both share seeds and clusters: whether they differ is in the table of differences."
@@ -489,7 +501,7 @@ def _heat_map(
     image = axes.imshow(values, cmap="RdBu", norm=norm, aspect="auto", interpolation="nearest")
     for y, row in enumerate(entries):
         for x, each in enumerate(row):
-            shown = several[x] and (each["interval"][0] > 0 or each["interval"][1] < 0)
+            shown = several[x] and leaves_zero_out(each["interval"])
             colour = "#f0f0f0" if abs(each["value"]) > 0.65 * largest else "#101010"
             text = f"{each['value']:+.1f}".replace("-", "\N{MINUS SIGN}")
             axes.text(

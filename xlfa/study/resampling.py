@@ -4,6 +4,7 @@ Together they are a bootstrap of two ways (Owen 2007, "The pigeonhole bootstrap"
 clusters of examples, the same ones for all cells and languages, so that differences are paired in both.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -171,6 +172,11 @@ def estimate(values: np.ndarray, draws: np.ndarray) -> Estimate:
     """
     weights = seed_weights(len(values), draws.shape[-1])
     return Estimate(values.mean(0), interval(np.einsum("ds,srd->rd", weights, draws)), values)
+
+
+def leaves_zero_out(bounds: Sequence[float]) -> bool:
+    """Whether all of an interval is above or below 0."""
+    return bounds[0] > 0 or bounds[1] < 0
 
 
 def interval(draws: np.ndarray) -> np.ndarray:

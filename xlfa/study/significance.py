@@ -104,6 +104,17 @@ def slopes(response: Response, arrangements: np.ndarray) -> np.ndarray:
     return response.values[arrangements] @ x / (x @ x)
 
 
+def slopes_by_seed(response: Response) -> np.ndarray:
+    """Each seed's own least-squares slope, in the order of the seeds, each of which has two levels at least.
+
+    Permuting levels within seeds asks whether these seeds depend on the axis at all. Where each of them has a slope of
+    its own, about a mean of 0, that is so, and the permutation test rejects the oftener the more levels there are. Only
+    the spread of the slopes over seeds says what other seeds would do.
+    """
+    x = response.centred_positions()
+    return np.bincount(response.seeds, weights=x * response.values) / np.bincount(response.seeds, weights=x * x)
+
+
 def omega_squared(response: Response, arrangements: np.ndarray) -> np.ndarray | None:
     """Partial omega squared of the levels, with seeds as blocks, P; None without degrees of freedom for the error.
 
@@ -221,21 +232,6 @@ def _detectable_ratio(degrees: int, alpha: float, power: float) -> float:
     while shortfall(upper) < 0:
         upper *= 2
     return float(brentq(shortfall, 0.0, upper))
-
-
-def detectable_slope(response: Response) -> float | None:
-    """The smallest true slope that a t test within seeds would find, from the spread about the fitted line.
-
-    The standard error of the slope is s / sqrt(sum of squared centred positions), s the residual deviation with
-    N - seeds - 1 degrees of freedom.
-    """
-    x = response.centred_positions()
-    degrees = len(response.values) - len(np.unique(response.seeds)) - 1
-    if degrees < 1:
-        return None
-    centred = response.values - within(response.values, response.seeds)
-    residual = centred - x * (centred @ x) / (x @ x)
-    return detectable_effect(math.sqrt(residual @ residual / degrees / (x @ x)), degrees)
 
 
 def seed_weights(number: int, draws: int, seed: int = 0) -> np.ndarray:

@@ -89,8 +89,9 @@ def tests_table(report: dict[str, Any]) -> Table:
     columns = [
         *(Column(name) for name in ("test", "line", "unit", "reference")),
         *(Column("seeds", "d"), Column("observations", "d"), Column("slope", "+.3f"), Column("low", "+.3f")),
-        *(Column("high", "+.3f"), Column("p", "p"), Column("detectable slope", ".3f"), Column("omega²", ".3f")),
-        *(Column("its p", "p"), Column("null mean", ".3f"), Column("null 95 %", ".3f"), Column("permutations", "d")),
+        *(Column("high", "+.3f"), Column("p", "p"), Column("p over seeds", "p"), Column("detectable slope", ".3f")),
+        *(Column("omega²", ".3f"), Column("its p", "p"), Column("null mean", ".3f"), Column("null 95 %", ".3f")),
+        *(Column("permutations", "d"), Column("levels")),
     ]
     entries = [(f"{entry['tasks'][1]} − {entry['tasks'][0]}", entry) for entry in report["interactions"]]
     entries += [(entry["task"], entry) for entry in report["trends"]]
@@ -100,15 +101,16 @@ def tests_table(report: dict[str, Any]) -> Table:
         test = entry["test"] or {}
         low, high = entry["interval"] or (None, None)
         about = [name, entry["line"], entry["unit"], entry["reference"], len(entry["seeds"]), entry["observations"]]
-        slope = [test.get("slope"), low, high, test.get("slope_p"), entry["detectable"]]
-        rows.append([*about, *slope, *(test.get(key) for key in names)])
+        slope = [test.get("slope"), low, high, test.get("slope_p"), entry["slopes_p"], entry["detectable"]]
+        rows.append([*about, *slope, *(test.get(key) for key in names), ", ".join(entry["levels"])])
     axis = report["axis"]
     unit = f" Slopes are per {axis['unit']}." if axis is not None and axis["values"] is not None else ""
     caption = (
         "Rows with two tasks are the interaction of the task with the field: of the first line and in points it is the "
         "primary test, others are secondary. The other rows are each task's own dependence on the field. None is "
-        f"adjusted.{unit} The deviation over seeds that is a unit is that of the differences to the reference, and is "
-        "taken as known."
+        f"adjusted.{unit} p: by permuting levels within seeds; p over seeds: Student's t of the seeds' own slopes, by "
+        "which a slope is detectable with probability 0.8. The deviation over seeds that is a unit is that of the "
+        "differences to the reference, and is taken as known."
     )
     return Table("tests", "Primary test and dependence by task", caption, columns, rows)
 
@@ -142,15 +144,15 @@ def differences_table(report: dict[str, Any]) -> Table:
     caption = (
         "Points, means over the headline languages, paired by seed. p: Student's t over seeds; Holm: adjusted for the "
         "levels, or the controls, of a task and line; detectable: with probability 0.8 at p < 0.05, and at the "
-        f"strictest of Holm's steps. {ENF} − {NOENF}: what English and German gain more than the others."
+        f"strictest of Holm's steps. {ENF} − {NOENF}: what English and German gain more, or lose less, than the others."
     )
     return Table("differences", "Differences to the baseline", caption, columns, rows)
 
 
 def effects_table(report: dict[str, Any]) -> Table:
-    """Values of fields without an order against each other."""
+    """Values of fields beside the axis, and arms, against each other."""
     columns = [
-        *(Column(name) for name in ("task", "line", "field", "difference of", "at")),
+        *(Column(name) for name in ("task", "arm", "field", "difference of", "at")),
         *(Column("other settings", "d"), Column("seeds", "d"), Column("difference", "+.2f"), Column("low", "+.2f")),
         *(Column("high", "+.2f"), Column("seed deviation", ".2f"), Column("p", "p"), Column("p (Holm)", "p")),
         *(Column("detectable", ".2f"), Column(ENF, "+.2f"), Column(NOENF, "+.2f")),
@@ -158,14 +160,14 @@ def effects_table(report: dict[str, Any]) -> Table:
     rows = []
     for own in report["effects"]:
         scores = own["scores"][report["tasks"][own["task"]]["metrics"][0]]
-        about = [own["task"], own["line"], own["field"], f"{own['second']} − {own['first']}", own["at"], own["pairs"]]
+        about = [own["task"], own["arm"], own["field"], f"{own['second']} − {own['first']}", own["at"], own["pairs"]]
         tests = [own["p"], own["p_holm"], own["detectable"]]
         groups = [scores.get(group, {}).get("value") for group in (ENF, NOENF)]
         rows.append([*about, len(own["seeds"]), *_four(scores[HEADLINE]), *tests, *groups])
     caption = (
         "Points, means over the headline languages, paired by seed; first means over the other settings of the grid "
         "that both values have, then at each of these. p: Student's t over seeds; Holm: adjusted for the rows of a "
-        "task, line and field, means and single ones apart; detectable: with probability 0.8 at p < 0.05."
+        "task, arm and field, means and single ones apart; detectable: with probability 0.8 at p < 0.05."
     )
     return Table("effects", "Values of a field against each other", caption, columns, rows)
 
@@ -226,21 +228,21 @@ def transport_table(report: dict[str, Any]) -> Table:
         Column("seeds", "d"),
         *(Column(name, spec) for name, (_, spec) in TRANSPORT.items()),
         *(Column("gradient ratio, first step", ".3f"), Column("gradient ratio", ".3f")),
-        *(Column("Tatoeba before", ".1f"), Column("Tatoeba after", ".1f")),
+        *(Column("Tatoeba before", ".1f"), Column("Tatoeba after", ".1f"), Column("Tatoeba after, fused", ".1f")),
     ]
     rows = []
     for own in report["conditions"]:
         transport, retrieval = own["transport"] or {}, own["retrieval"] or {}
         if transport or retrieval:
             diagnostics = [transport.get(key) for key, _ in TRANSPORT.values()]
-            tatoeba = [retrieval.get(when, {}).get("mean") for when in ("before", "after")]
+            tatoeba = [retrieval.get(when, {}).get("mean") for when in ("before", "after", "after_fused")]
             about = [own["task"], own["line"], own["condition"], len(own["seeds"])]
             ratios = [own["gradient_ratio"][name] for name in ("first", "late")]
             rows.append([*about, *diagnostics, *ratios, *tatoeba])
     caption = (
         "Means over seeds and the last quarter of training; gradient ratio: norm of the weighted OT term's gradient "
-        "over the task's, and the same at the first step alone; Tatoeba: P@1 in per cent, both directions, last layer, "
-        "mean over languages."
+        "over the task's, and the same at the first step alone; Tatoeba: P@1 in per cent, both directions, last layer "
+        "(fused: the states that heads with fusion see), mean over languages."
     )
     return Table("transport", "Transport and retrieval", caption, columns, rows)
 
