@@ -303,10 +303,11 @@ def format_score(value: float | None, interval: list[float] | None) -> str:
 
 
 def describe_encoder(trained: TrainedRun) -> str:
-    """The encoder's name and size."""
+    """The encoder's name and size, and that its weights were rounded before."""
     encoder = trained.config.text_config
     size = f"{encoder.model_type}, {encoder.num_hidden_layers} layers of {encoder.hidden_size} units"
-    return f"{trained.base_model or 'a local encoder'} ({size})"
+    rounded = ", from 4-bit rounded weights" if trained.run["model_arguments"]["model"] in BASE_MODELS else ""
+    return f"{trained.base_model or 'a local encoder'} ({size}{rounded})"
 
 
 def describe_fusion(config: XLFAConfig) -> str:
@@ -396,9 +397,9 @@ def describe_validation(validation: dict[str, Any]) -> str:
 
 def describe_machine(run: dict[str, Any]) -> str:
     """The kind of machine, as far as run.json has it."""
-    if run["training_arguments"].get("use_cpu") is True:
-        return f"CPU, {run.get('threads', 'an unknown number of')} threads"
     environment = run["sittings"][-1]["environment"]
+    if run["training_arguments"].get("use_cpu") is True:
+        return f"CPU ({environment['processor']}), {run.get('threads', 'an unknown number of')} threads"
     kinds = " and ".join(dict.fromkeys(environment["accelerators"])) or "accelerators of a kind that was not recorded"
     return f"{kinds}, {environment['processes']} {'process' if environment['processes'] == 1 else 'processes'}"
 
