@@ -1,4 +1,4 @@
-# `make quickstart`, `make test` and the long `make test-full`. All need Python 3.11 or newer and a package index.
+# `make quickstart`, `make test` and the long `make test-full`. All need Python 3.11 to 3.13 and a package index.
 
 PYTHON ?= python3
 VENV := .venv

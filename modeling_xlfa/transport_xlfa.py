@@ -400,7 +400,7 @@ def alignment_loss(
     center: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, TransportResult]:
-    """Mean transport value over the pairs of a batch that have tokens on both sides (method.md, section 2).
+    """Mean transport value over the pairs of a batch that have tokens on both sides.
 
     Args:
         source_states, target_states: B x n x E and B x m x E token states.
