@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 # Before torch is imported: two test processes on two cores must not fight, and nothing may reach for a network.
@@ -130,4 +131,14 @@ def tiny_encoder(tmp_path_factory):
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     transformers.BertModel(BertConfig(**SIZES, max_position_embeddings=512)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def untokenised_encoder(tiny_encoder, tmp_path):
+    """A folder with the tiny encoder's config and weights alone."""
+    folder = tmp_path / "untokenised"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(f"{tiny_encoder}/{name}", folder)
     return str(folder)

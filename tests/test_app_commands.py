@@ -51,6 +51,7 @@ def test_a_taken_port_is_one_error(parse):
         (["--port", "0"], "--port 0"),
         (["--port", "65536"], "--port 65536"),
         (["--runs", "nowhere"], "--runs nowhere"),
+        (["--runs", "n" * 300], "--runs n+: no such folder"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1"),
         (["--host", "not a host"], "--host not a host"),
     ],
@@ -92,5 +93,7 @@ def test_a_model_that_was_trained_to_answer_answers(parse, tiny_encoder, tmp_pat
     assert _load_question_model(parse("--model", tiny_encoder), plain) is None
     asked = parse("--model", tiny_encoder, "--question_model", str(tmp_path / "qa"))
     assert _load_question_model(asked, plain).model.qa_outputs.weight.equal(model.qa_outputs.weight)
-    with pytest.raises(XLFAError, match="bert"):
+    with pytest.raises(XLFAError, match="--question_model n+: no model there"):
+        _load_question_model(parse("--question_model", "n" * 300), plain)
+    with pytest.raises(XLFAError, match=f"--question_model {tiny_encoder}: a 'bert' model, not an XLFA one"):
         _load_question_model(parse("--question_model", tiny_encoder), plain)

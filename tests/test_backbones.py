@@ -9,10 +9,18 @@ import torch
 from datasets import load_dataset
 from tokenizers import Tokenizer, models
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer, BertModel
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    DebertaV2Config,
+    XLMRobertaConfig,
+)
 
 from xlfa import backbones
-from xlfa.backbones import dequantize_q4_0, read_q4_file, resolve_encoder, verified_file
+from xlfa.backbones import dequantize_q4_0, load_tokenizer, read_q4_file, resolve_encoder, verified_file
 from xlfa.errors import XLFAError
 
 PACKAGED = "packaged:multilingual-e5-small"
@@ -129,6 +137,19 @@ def test_a_weight_file_that_lacks_a_tensor_is_refused_by_name():
 
 def test_other_names_are_left_to_transformers():
     assert resolve_encoder("xlm-roberta-base") == "xlm-roberta-base"
+
+
+@pytest.mark.parametrize("config", [BertConfig, XLMRobertaConfig, DebertaV2Config])
+def test_a_tokenizer_of_special_tokens_alone_is_none(config, tmp_path):
+    config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it has no tokenizer files such as tokenizer.json: save its tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_of_few_pieces_is_one(tmp_path):
+    pieces = {piece: number for number, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])}
+    BertTokenizer(vocab=pieces).save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).tokenize("a") == ["a"]
 
 
 def test_an_unknown_packaged_name_is_named():

@@ -1,8 +1,10 @@
 """`--compare`: differences, intervals and p values of two runs, and one clear error where runs cannot be compared."""
 
 import dataclasses
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from transformers import BertConfig
 
 from modeling_xlfa import XLFAConfig
 from xlfa.cli import main as xlfa_main
+from xlfa.comparison import compare_runs
 from xlfa.errors import XLFAError
 from xlfa.evaluation import main
 from xlfa.files import write_text
@@ -74,6 +77,14 @@ def test_a_better_run_is_better_in_every_language_and_mean(runs, tmp_path, capsy
     table = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
     assert table["de"][2] == f"{differences['de']['accuracy']['difference']:+.2f}"
     assert table["average_xtreme"] == ["-"] * 6
+
+
+def test_a_single_cluster_has_no_p_values(tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        write_run(tmp_path / name, guesses(seed, 0.5, 9), [0] * 9)
+    cell = compare_runs(XNLI, tmp_path / "a", tmp_path / "b")["differences"]["de"]["accuracy"]
+    assert cell["difference"] is not None
+    assert (cell["interval"], cell["p"], cell["p_adjusted"]) == (None, None, None)
 
 
 def test_a_run_against_itself_has_no_difference(runs, capsys):
@@ -180,6 +191,23 @@ def test_runs_that_cannot_be_compared_are_refused_by_what_differs(runs, tmp_path
         compare(*runs, flags=["--output_dir", tmp_path / "out"])
     assert message in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_files_that_cannot_be_read_or_written_are_named(runs, tmp_path, capsys, monkeypatch):
+    with pytest.raises(XLFAError, match="--compare n+: cannot read it: File name too long"):
+        compare(runs[0], "n" * 300)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(XLFAError, match=f"cannot write to {file} .File exists.: name another folder with --output_dir"):
+        compare(*runs, flags=["--output_dir", file])
+    assert not capsys.readouterr().out
+
+    def refuse(path, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(XLFAError, match=f"cannot read the scores {runs[0]}/scores/xnli/scores.json: Permission denied"):
+        compare(*runs)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """RankC against the formula written out, rankings by cosine and by a masked-language head, and bad input."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,6 +146,13 @@ def test_a_blank_after_a_space_has_the_pieces_of_a_word_after_a_space(tmp_path):
     assert words == [" rome", "rome"]
 
 
+def test_a_masked_language_model_without_a_tokenizer_is_named(masked_lm):
+    for path in Path(masked_lm).glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(XLFAError, match=f"--model {masked_lm}: it has no tokenizer files"):
+        MaskedLMRanker(ConsistencyArguments(dataset=DATASET, model=masked_lm, scoring="masked_lm"))
+
+
 @pytest.mark.parametrize("scoring", ["cosine", "masked_lm"])
 def test_the_matrix_is_written_and_printed(masked_lm, data_root, tmp_path, capsys, scoring):
     languages = ["--languages", "en", "nl", "es"]
@@ -187,6 +195,7 @@ def test_rows_that_are_not_aligned_are_named(tiny_encoder, write_mirror, rows, m
         (["--languages", "en"], "consistency needs at least two"),
         (["--languages", "en", "en"], "consistency needs at least two"),
         (["--languages", "en", "nl", "--max_length", "600"], "--max_length 600: the encoder has positions for"),
+        (["--languages", "en", "nl", "--max_length", "2"], "--max_length 2 leaves no room for a word"),
         (["--languages", "en", "nl", "--layer", "9"], "--layer 9: the model has fused states and layers 0 to 4"),
         (["--languages", "en", "nl", "--scoring", "masked_lm"], "has no masked-language head"),
         (["--languages", "en", "qq"], "qq"),

@@ -117,6 +117,10 @@ def test_configurations_that_a_folder_holds_are_told_and_the_hub_has_all(add_dat
     root = add_dataset("nli", {"en": one, "de": one})
     assert held_configurations("org/nli", ["de", "xx", "en"], root) == ["de", "en"]
     assert held_configurations("org/nli", ["de", "xx", "en"], None) == ["de", "xx", "en"]
+    with pytest.raises(
+        XLFAError, match=f"org/nli under --data_root {root} has no configuration xx, yy; it has: en, de"
+    ):
+        held_configurations("org/nli", ["xx", "yy", "xx"], root)
     with pytest.raises(XLFAError, match="no data set 'org/none'"):
         held_configurations("org/none", ["de"], root)
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from modeling_xlfa import XLFAForQuestionAnswering, XLFAForSequenceClassification
 from xlfa.data import SAMPLE_ROOT
 from xlfa.errors import XLFAError
-from xlfa.evaluation import EvaluationArguments, main, output_folder, select_ids
+from xlfa.evaluation import EvaluationArguments, load_model, main, output_folder, select_ids
 from xlfa.inference import InferenceOptions
 from xlfa.prediction import predict
 from xlfa.resuming import model_origin, writing_alone
@@ -237,6 +237,15 @@ def test_a_model_with_other_labels_is_refused(tiny_encoder, tmp_path, labels):
         XLFAError, match=f"has the labels {', '.join(labels)}; the task 'xnli' needs entailment, neutral"
     ):
         score({"xnli": str(tmp_path)}, "xnli", tmp_path / "out")
+
+
+@pytest.mark.parametrize("flag", ["model", "question_model"])
+def test_a_model_without_its_tokenizer_is_refused_by_its_flag(models, tmp_path, flag):
+    folder = shutil.copytree(models["xnli"], tmp_path / "run")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(XLFAError, match=rf"--{flag} {folder}: cannot load it \(it has no tokenizer files"):
+        load_model(get_task("xnli"), str(folder), flag)
 
 
 def test_a_folder_that_is_no_model_another_model_and_another_head_are_refused(models, tiny_encoder, tmp_path):

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from modeling_xlfa import XLFAForSequenceClassification, XLFAModel
 from xlfa.errors import XLFAError
 from xlfa.inference import InferenceOptions
-from xlfa.retrieval import embed_sentences, load_states_model, main, precision_by_layer
+from xlfa.retrieval import CONFIGS, embed_sentences, load_states_model, main, precision_by_layer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 SENTENCES = ["a cat", "the dogs ran over there", "7", "it is late, is it?", "we read books in the sun"]
@@ -93,10 +93,11 @@ def test_long_sentences_are_reported(trained, caplog):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--languages", "xx"], "--languages xx: mteb/tatoeba-bitext-mining has ar bg de"),
+        (["--languages", "xx"], "--languages xx: xlfa retrieval knows ar bg de"),
         (["--data_root", "/nowhere"], "no data set 'mteb/tatoeba-bitext-mining' under --data_root /nowhere"),
         (["--languages", "ru"], "rus-eng"),
         (["--max_length", "-1"], "--max_length -1: at least 1"),
+        (["--languages", "de", "--max_length", "2"], "--max_length 2 leaves no room for a word"),
         (["--output_dir", "/dev/null"], "cannot write to /dev/null (File exists): name another folder"),
     ],
 )
@@ -106,6 +107,20 @@ def test_bad_input_is_named(trained, data_root, flags, message):
     assert message in str(error.value)
 
 
-def test_a_hub_id_needs_a_folder_to_write_into():
+@pytest.mark.parametrize("name", ["org/name", "n" * 300])
+def test_a_name_that_is_no_folder_needs_one_to_write_into(name):
     with pytest.raises(XLFAError, match="name one with --output_dir"):
-        main(["--model", "org/name"])
+        main(["--model", name])
+
+
+def test_an_encoder_that_cannot_be_loaded_is_named(untokenised_encoder, tmp_path):
+    with pytest.raises(XLFAError, match=f"--model {untokenised_encoder}: it has no tokenizer files"):
+        load_states_model(untokenised_encoder)
+    with pytest.raises(XLFAError, match=f"--model {tmp_path}/none: no such encoder on the Hub or as a folder"):
+        load_states_model(f"{tmp_path}/none")
+
+
+def test_the_help_names_the_languages(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"by default {' '.join(CONFIGS)}" in " ".join(capsys.readouterr().out.split())

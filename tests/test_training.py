@@ -288,6 +288,11 @@ def test_bad_input_gives_one_error_that_names_it(tiny_encoder, tmp_path, flags, 
     assert not (tmp_path / "run" / RUN_FILE).exists()
 
 
+def test_an_encoder_without_a_tokenizer_is_an_error(untokenised_encoder, tmp_path):
+    with pytest.raises(XLFAError, match=f"--model {untokenised_encoder}: it has no tokenizer files"):
+        train_on_sample(untokenised_encoder, tmp_path / "run")
+
+
 def test_the_term_without_parallel_text_is_an_error(tiny_encoder, tmp_path):
     with pytest.raises(XLFAError, match="name it with --parallel_dataset"):
         main(

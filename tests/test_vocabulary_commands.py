@@ -107,6 +107,13 @@ def test_an_encoder_without_whole_weights_is_named(encoder, text, tmp_path, weig
     assert not (tmp_path / "new").exists()
 
 
+def test_an_encoder_without_a_tokenizer_is_named(untokenised_encoder, text, tmp_path):
+    with pytest.raises(XLFAError, match=f"--model {untokenised_encoder}: it has no tokenizer files"):
+        main(
+            ["trim", "--model", untokenised_encoder, "--texts", text("a", KEPT), "--output_dir", str(tmp_path / "new")]
+        )
+
+
 def test_an_empty_folder_is_written_into(encoder, text, tmp_path):
     (tmp_path / "new").mkdir()
     main(["trim", "--model", encoder, "--texts", text("a", KEPT), "--output_dir", str(tmp_path / "new")])

@@ -22,7 +22,7 @@ from xlfa.alignment.words import check_text
 from xlfa.arguments import InferenceArguments, option, parse_arguments
 from xlfa.errors import XLFAError
 from xlfa.evaluation import input_lengths, load_model
-from xlfa.files import STANDARD_STREAM, check_output, replacing
+from xlfa.files import STANDARD_STREAM, check_output, naming_output, replacing
 from xlfa.inference import InferenceOptions, infer
 from xlfa.tasks import get_task
 from xlfa.tasks.question_answering import (
@@ -173,12 +173,10 @@ def writing(path: str) -> Iterator[IO[str]]:
         yield sys.stdout
         return
     file = Path(path)
-    try:
+    with naming_output("output", path):
         place = nullcontext(file) if file.exists() and not file.is_file() else replacing(file)
         with place as target, target.open("w", encoding="utf-8") as output:
             yield output
-    except OSError as error:
-        raise XLFAError(f"cannot write to --output {path}: {error.strerror or error}") from None
 
 
 def format_answer(id: str, answer: Answer, format: str) -> str:

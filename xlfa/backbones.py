@@ -19,7 +19,7 @@ from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import BertConfig, XLMRobertaTokenizer
+from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase, XLMRobertaTokenizer
 
 from xlfa.checkpoints import is_out_of_space
 from xlfa.errors import XLFAError
@@ -82,6 +82,22 @@ def naming_model(name: str) -> Iterator[None]:
         raise XLFAError(f"--model {name}: no such encoder on the Hub or as a folder ({error})") from None
     except (ValueError, ImportError, SafetensorError) as error:
         raise XLFAError(f"--model {name}: {error}") from None
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of an encoder or a run, a folder or a Hub id; no remote code runs.
+
+    Raises:
+        OSError, ValueError: where there is none; `naming_model` names the model.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    # What transformers 5 makes for most families where there is no file: every text would be unknown.
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            "it has no tokenizer files such as tokenizer.json: save its tokenizer beside its weights, with "
+            "tokenizer.save_pretrained"
+        )
+    return tokenizer
 
 
 def resolve_encoder(name_or_path: str) -> str:

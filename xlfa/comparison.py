@@ -56,7 +56,7 @@ def compare_runs(task: Task, path_a: Path, path_b: Path) -> dict[str, Any]:
 
     Its `differences` hold, by row (languages, means, families) and metric: the scores `a` and `b`, `difference`
     (b - a), its `interval`, `p` (two-sided, of no difference) and for languages `p_adjusted`, as they are several. They
-    are None where the score does not exist; `interval` and `p` are also None for a single cluster.
+    are None where the score does not exist; `interval` and the p values are also None for a single cluster.
 
     Args:
         path_a, path_b: run folders that hold `scores/<task>`, or folders that hold `scores.json`.
@@ -93,6 +93,8 @@ def compare_runs(task: Task, path_a: Path, path_b: Path) -> dict[str, Any]:
     }
     for metric in task.metrics:
         cells = [differences[language][metric] for language in a.predictions]
+        for cell in cells:
+            cell["p_adjusted"] = None
         tested = [cell for cell in cells if cell["p"] is not None]
         for cell, p_adjusted in zip(tested, adjusted([cell["p"] for cell in tested])):
             cell["p_adjusted"] = p_adjusted
@@ -122,11 +124,13 @@ def read_scores(file: Path) -> dict[str, Any]:
     """The content of a `scores.json` of any version; it names its version and its task.
 
     Raises:
-        XLFAError: if the file holds something else.
+        XLFAError: if the file cannot be read or holds something else.
     """
     try:
         scores = json.loads(file.read_text(encoding="utf-8"))
         scores["schema_version"], scores["task"]
+    except OSError as error:
+        raise XLFAError(f"cannot read the scores {file}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise XLFAError(f"{file} holds no scores as XLFA writes them: {error!r}") from None
     return scores
@@ -139,7 +143,10 @@ def read_run(task: Task, path: Path) -> ScoredRun:
         XLFAError: if they are not there, cannot be read, are of another task or of another version of the format.
     """
     folders = (path, path / "scores" / task.name)
-    folder = next((folder for folder in folders if (folder / SCORES_FILE).is_file()), None)
+    try:
+        folder = next((folder for folder in folders if (folder / SCORES_FILE).is_file()), None)
+    except OSError as error:
+        raise XLFAError(f"--compare {path}: cannot read it: {error.strerror}") from None
     if folder is None:
         raise XLFAError(
             f"--compare {path}: neither it nor its scores/{task.name} holds {SCORES_FILE}: score the run first, with "

@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from safetensors import SafetensorError
 from scipy.special import softmax
 from tqdm.auto import tqdm
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BatchEncoding
+from transformers import AutoModelForMaskedLM, BatchEncoding
 from transformers.utils import ModelOutput
 
 from xlfa.arguments import InferenceArguments, check_positive, option, parse_arguments
-from xlfa.backbones import resolve_encoder
+from xlfa.backbones import load_tokenizer, naming_model, resolve_encoder
 from xlfa.data import load_rows
 from xlfa.encoding import check_length
 from xlfa.environment import describe_threads, versions
@@ -194,18 +193,16 @@ class MaskedLMRanker:
 
     def __init__(self, arguments: ConsistencyArguments):
         source = resolve_encoder(arguments.model)
-        try:
+        with naming_model(arguments.model):
             self.model, loading = AutoModelForMaskedLM.from_pretrained(
                 source, output_loading_info=True, trust_remote_code=False, use_safetensors=True
             )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise XLFAError(f"--model {arguments.model}: no masked-language model ({error})") from None
+            self.tokenizer = load_tokenizer(source)
         if loading["missing_keys"]:
             raise XLFAError(
                 f"--model {arguments.model} has no masked-language head (it lacks {min(loading['missing_keys'])}): use "
                 "--scoring cosine"
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if self.tokenizer.mask_token is None:
             raise XLFAError(f"--model {arguments.model}: the tokenizer has no mask token: use --scoring cosine")
         self.marks_spaces = marks_spaces(self.tokenizer)

@@ -139,10 +139,16 @@ def held_configurations(dataset: str, configs: list[str], data_root: str | None)
     """Those of `configs` that are there: a local folder may hold a part of the data set, the Hub holds all of it.
 
     Raises:
-        XLFAError: if the local folder does not exist.
+        XLFAError: if the local folder does not exist or holds none of them.
     """
     known = None if data_root is None else _names(get_dataset_config_names, dataset_location(dataset, data_root))
-    return configs if known is None else [config for config in configs if config in known]
+    held = configs if known is None else [config for config in configs if config in known]
+    if not held:
+        wanted = ", ".join(dict.fromkeys(configs))
+        raise XLFAError(
+            f"{dataset} under --data_root {data_root} has no configuration {wanted}; it has: {', '.join(known)}"
+        )
+    return held
 
 
 def _names(read: Callable[..., list[str]], *arguments: str | None) -> list[str] | None:

@@ -62,6 +62,12 @@ def check_length(name: str, length: int | None, model: nn.Module) -> None:
         raise XLFAError(f"--{name} {length}: the encoder has positions for {limit} tokens; give no more than that")
 
 
+def check_room(max_length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `XLFAError` for a `--max_length` that the special tokens of a single text fill."""
+    if max_length <= tokenizer.num_special_tokens_to_add():
+        raise XLFAError(f"--max_length {max_length} leaves no room for a word beside the special tokens: raise it")
+
+
 def task_digest(task: "Task") -> str:
     """Changes with the task's fields and with the modules that its class and bases are written in."""
     digest = hashlib.sha256(repr(task).encode())

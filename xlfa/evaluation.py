@@ -1,6 +1,7 @@
 """Scoring a trained model in every language of a task, zero-shot from English."""
 
 import logging
+import os
 import sys
 from collections import Counter
 from contextlib import ExitStack
@@ -14,16 +15,18 @@ from accelerate import PartialState
 from datasets import Dataset
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
 from xlfa.adapters import is_adapter, load_adapter
 from xlfa.arguments import InferenceArguments, check_positive, option, parse_arguments
+from xlfa.backbones import load_tokenizer
 from xlfa.comparison import compare_runs, format_comparison, write_comparison
 from xlfa.data import SAMPLE, data_state, sample_clusters
 from xlfa.encoding import check_length
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError, exit_with_message
+from xlfa.files import writable_folder
 from xlfa.inference import InferenceOptions, on_main_process, prefetched
 from xlfa.prediction import predict
 from xlfa.resuming import begin, finish, model_origin, writing_alone
@@ -106,9 +109,10 @@ def print_scores(arguments: EvaluationArguments, scores: dict[str, Any]) -> None
 def compare(arguments: EvaluationArguments) -> None:
     """Print the comparison of two scored runs; write it to `--output_dir` if that is given."""
     comparison = compare_runs(get_task(arguments.task), *map(Path, arguments.compare))
+    folder = None if arguments.output_dir is None else writable_folder(arguments.output_dir)
     print(format_comparison(comparison))
-    if arguments.output_dir is not None:
-        print(f"written to {write_comparison(Path(arguments.output_dir), comparison)}")
+    if folder is not None:
+        print(f"written to {write_comparison(folder, comparison)}")
 
 
 def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
@@ -242,38 +246,43 @@ def output_folder(arguments: EvaluationArguments) -> Path:
     return (model if model.is_dir() else Path(arguments.model.replace("/", "--"))) / "scores" / arguments.task
 
 
-def load_model(task: Task, name_or_path: str) -> tuple[XLFAPreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    task: Task, name_or_path: str, flag: str = "model"
+) -> tuple[XLFAPreTrainedModel, PreTrainedTokenizerBase]:
     """The trained model by the installed class (no remote code runs) and its tokenizer; adapters are merged.
 
+    Args:
+        flag: that the model was given by, for the errors.
+
     Raises:
-        XLFAError: for a folder that is no XLFA model, an unknown Hub id, or a model with another head.
+        XLFAError: for a folder that is no XLFA model, an unknown Hub id, a model with another head, or one without
+            tokenizer files.
     """
-    folder = Path(name_or_path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise XLFAError(f"--model {name_or_path}: the folder holds no trained model (it has no config.json)")
+    if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
+        raise XLFAError(f"--{flag} {name_or_path}: the folder holds no trained model (it has no config.json)")
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise XLFAError(f"--model {name_or_path}: no model there ({error})") from None
+        raise XLFAError(f"--{flag} {name_or_path}: no model there ({error})") from None
     if config.model_type != "xlfa":
-        raise XLFAError(f"--model {name_or_path}: a {config.model_type!r} model, not an XLFA one: train it first")
+        raise XLFAError(f"--{flag} {name_or_path}: a {config.model_type!r} model, not an XLFA one: train it first")
     head = task.model_class.__name__
     if config.architectures != [head]:
         raise XLFAError(
-            f"--model {name_or_path} has the head {', '.join(config.architectures or ['none'])}; the task "
+            f"--{flag} {name_or_path} has the head {', '.join(config.architectures or ['none'])}; the task "
             f"{task.name!r} needs {head}"
         )
-    check_labels(task, name_or_path, config)
+    check_labels(task, name_or_path, config, flag)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        tokenizer = load_tokenizer(name_or_path)
         if is_adapter(name_or_path):
             return load_adapter(task.model_class, name_or_path).merge_and_unload(), tokenizer
         return task.model_class.from_pretrained(name_or_path, config=config, use_safetensors=True), tokenizer
     except (OSError, ValueError, SafetensorError) as error:
-        raise XLFAError(f"--model {name_or_path}: cannot load it ({error})") from None
+        raise XLFAError(f"--{flag} {name_or_path}: cannot load it ({error})") from None
 
 
-def check_labels(task: Task, name_or_path: str, config: PretrainedConfig) -> None:
+def check_labels(task: Task, name_or_path: str, config: PretrainedConfig, flag: str) -> None:
     """Raise `XLFAError` if the model's labels are not those of a classification task, in their order.
 
     A model without names for its labels passes if their number is right.
@@ -282,7 +291,7 @@ def check_labels(task: Task, name_or_path: str, config: PretrainedConfig) -> Non
     unnamed = [f"LABEL_{number}" for number in range(len(task.label_names))]
     if task.label_names and labels not in (list(task.label_names), unnamed):
         raise XLFAError(
-            f"--model {name_or_path} has the labels {', '.join(labels)}; the task {task.name!r} needs "
+            f"--{flag} {name_or_path} has the labels {', '.join(labels)}; the task {task.name!r} needs "
             f"{', '.join(task.label_names)}, in this order"
         )
 

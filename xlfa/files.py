@@ -19,6 +19,31 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def writable_folder(path: str | Path) -> Path:
+    """The folder `path` of `--output_dir`; it is there afterwards.
+
+    Raises:
+        XLFAError: if it cannot be written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise XLFAError(f"cannot write to {folder} ({error.strerror}): name another folder with --output_dir") from None
+    if not os.access(folder, os.W_OK):
+        raise XLFAError(f"cannot write to {folder}: name another folder with --output_dir")
+    return folder
+
+
+@contextmanager
+def naming_output(flag: str, path: str) -> Iterator[None]:
+    """Turn what the system raises for the file of a flag into an `XLFAError` that names both."""
+    try:
+        yield
+    except OSError as error:
+        raise XLFAError(f"cannot write to --{flag} {path}: {error.strerror or error}") from None
+
+
 def check_output(output: str, source: str | None) -> None:
     """Raise `XLFAError` where `--output` is the file `source` that is read; - is a standard stream."""
     if source not in (None, STANDARD_STREAM) and Path(output).resolve() == Path(source).resolve():

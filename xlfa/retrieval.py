@@ -16,20 +16,19 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from safetensors import SafetensorError
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+from transformers import AutoConfig, BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from modeling_xlfa import XLFAModel
 from xlfa.arguments import InferenceArguments, check_positive, option, parse_arguments
-from xlfa.backbones import resolve_encoder
+from xlfa.backbones import load_tokenizer, naming_model, resolve_encoder
 from xlfa.data import load_rows
-from xlfa.encoding import check_length
+from xlfa.encoding import check_length, check_room
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError
-from xlfa.files import write_text
+from xlfa.files import writable_folder, write_text
 from xlfa.inference import InferenceOptions, infer
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class RetrievalArguments(InferenceArguments):
             "help": "A trained XLFA model, or an encoder as for training: a folder, a Hub id or a packaged: name."
         }
     )
-    languages: list[str] | None = option("ISO 639-1 codes; by default all of the data set.")
+    languages: list[str] | None = option(f"ISO 639-1 codes; by default {' '.join(CONFIGS)}.")
     data_root: str | None = option("Folder with data sets as <org>/<name> instead of the Hub.")
     output_dir: str | None = option(f"Where to write {RETRIEVAL_FILE}; by default <model>/scores/retrieval.")
     max_examples: int | None = option("Use the first that many pairs of each language.")
@@ -94,16 +93,9 @@ def scores_folder(model: str, output_dir: str | None, name: str) -> Path:
     Raises:
         XLFAError: if the model is no folder and none is given, or the folder cannot be written to.
     """
-    if output_dir is None and not Path(model).is_dir():
+    if output_dir is None and not os.path.isdir(model):
         raise XLFAError(f"--model {model} is no folder to write into: name one with --output_dir")
-    folder = Path(output_dir or Path(model) / "scores" / name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise XLFAError(f"cannot write to {folder} ({error.strerror}): name another folder with --output_dir") from None
-    if not os.access(folder, os.W_OK):
-        raise XLFAError(f"cannot write to {folder}: name another folder with --output_dir")
-    return folder
+    return writable_folder(output_dir or Path(model) / "scores" / name)
 
 
 def score_retrieval(arguments: RetrievalArguments) -> dict[str, Any]:
@@ -115,7 +107,7 @@ def score_retrieval(arguments: RetrievalArguments) -> dict[str, Any]:
     languages = arguments.languages or list(CONFIGS)
     unknown = [code for code in languages if code not in CONFIGS]
     if unknown:
-        raise XLFAError(f"--languages {unknown[0]}: {DATASET} has {' '.join(CONFIGS)}")
+        raise XLFAError(f"--languages {unknown[0]}: xlfa retrieval knows {' '.join(CONFIGS)}")
     logger.info(describe_threads())
     model, tokenizer = load_states_model(arguments.model)
     check_length("max_length", arguments.max_length, model)
@@ -151,18 +143,15 @@ def load_states_model(name: str) -> tuple[XLFAModel, PreTrainedTokenizerBase]:
     """The encoder part of a trained XLFA model with its fusion, or a plain encoder, and its tokenizer.
 
     Raises:
-        XLFAError: where there is no such model.
+        XLFAError: where there is no such model, or none of its tokenizer.
     """
     source = resolve_encoder(name)
-    try:
+    with naming_model(name):
         if AutoConfig.from_pretrained(source, trust_remote_code=False).model_type == "xlfa":
             model = XLFAModel.from_pretrained(source, use_safetensors=True)
         else:
             model = XLFAModel.from_encoder(source, fusion="none")
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        return model.to(PartialState().device), tokenizer
-    except (OSError, ValueError, SafetensorError) as error:
-        raise XLFAError(f"--model {name}: cannot load it ({error})") from None
+        return model.to(PartialState().device), load_tokenizer(source)
 
 
 def embed_sentences(
@@ -179,7 +168,11 @@ def embed_sentences(
     Args:
         only: a layer's name; no other is kept.
         description: stands before the progress bar and in the warning about long sentences.
+
+    Raises:
+        XLFAError: for a `max_length` that the special tokens fill.
     """
+    check_room(max_length, tokenizer)
     encoded = tokenizer(sentences, truncation=True, max_length=max_length, return_length=True)
     cut = sum(length == max_length for length in encoded["length"])
     if cut:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
@@ -26,7 +26,7 @@ from xlfa.arguments import (
     XLFATrainingArguments,
     parse_arguments,
 )
-from xlfa.backbones import naming_model, resolve_encoder
+from xlfa.backbones import load_tokenizer, naming_model, resolve_encoder
 from xlfa.checkpoints import check_same_model, check_same_run, find_checkpoint, naming_full_disk
 from xlfa.encoding import check_length
 from xlfa.environment import describe_threads
@@ -293,7 +293,7 @@ def build_model(
         fields["label2id"] = {name: number for number, name in enumerate(task.label_names)}
     if model_args.encoder_config is not None:
         fields["encoder_config"] = parse_encoder_config(model_args.encoder_config)
-    tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
+    tokenizer = load_tokenizer(encoder)
     model = task.model_class.from_encoder(encoder, **fields)
     if model_args.freeze_word_embeddings:
         model.get_input_embeddings().requires_grad_(False)

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Everything that can be refused before a model is loaded."""
-    if arguments.runs is not None and not arguments.runs.is_dir():
+    if arguments.runs is not None and not os.path.isdir(arguments.runs):
         raise XLFAError(f"--runs {arguments.runs}: no such folder")
     if not 1 <= arguments.port <= 65535:
         raise XLFAError(f"--port {arguments.port}: it must be 1 to 65535")
@@ -107,5 +107,5 @@ def _load_question_model(arguments: argparse.Namespace, aligner: "Aligner") -> "
         name = arguments.model
     if name is None:
         return None
-    model, tokenizer = load_model(TASK, name)
+    model, tokenizer = load_model(TASK, name, "model" if arguments.question_model is None else "question_model")
     return QuestionModel(name, model.to(aligner.model.device), tokenizer)

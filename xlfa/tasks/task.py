@@ -195,7 +195,7 @@ class Task(ABC):
         """The languages to score: by default all of the task, but of a local mirror those that it holds.
 
         Raises:
-            XLFAError: for a language that the task does not have.
+            XLFAError: for a language that the task does not have, and for a mirror that holds none of them.
         """
         unknown = [language for language in languages or [] if language not in self.test_configs]
         if unknown:

@@ -13,6 +13,7 @@ from transformers import BatchEncoding, DataCollatorForTokenClassification, PreT
 from transformers.utils import ModelOutput
 
 from modeling_xlfa import XLFAForTokenClassification
+from xlfa.encoding import check_room
 from xlfa.errors import XLFAError
 from xlfa.metrics.tagging import count_tags
 from xlfa.tasks.task import Prediction, Task
@@ -80,8 +81,7 @@ class TokenClassificationTask(Task):
         sentences = batch["tokens"]
         if marks_spaces(tokenizer):
             sentences = [[word and " " * bool(place) + word for place, word in enumerate(words)] for words in sentences]
-        if max_length <= tokenizer.num_special_tokens_to_add():
-            raise XLFAError(f"--max_length {max_length} leaves no room for a word beside the special tokens: raise it")
+        check_room(max_length, tokenizer)
         encoded = tokenizer(
             sentences, is_split_into_words=True, truncation=True, max_length=max_length, return_length=True
         )

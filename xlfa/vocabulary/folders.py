@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from modeling_xlfa import XLFAConfig
 from modeling_xlfa.encoder_xlfa import load_encoder
-from xlfa.backbones import naming_model, resolve_encoder
+from xlfa.backbones import load_tokenizer, naming_model, resolve_encoder
 from xlfa.errors import XLFAError
 from xlfa.files import building_folder, write_text
 from xlfa.portable_tokenizer import make_portable
@@ -47,7 +47,7 @@ class Source:
         Raises:
             XLFAError: for an XLFA checkpoint, or a tokenizer that is neither a unigram nor a WordPiece model: the
                 merges of byte-pair encoding depend on pieces that appear in no text.
-            OSError, ValueError: where there is no such encoder.
+            OSError, ValueError: where there is no such encoder, or no tokenizer of it.
         """
         path = resolve_encoder(name_or_path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -55,7 +55,7 @@ class Source:
             raise XLFAError(
                 f"--model {name_or_path} is an XLFA checkpoint: change the vocabulary of its encoder, then train"
             )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = load_tokenizer(path)
         state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
         kind = type(tokenizer).__name__ if state is None else state["model"]["type"]
         if kind not in KINDS:
