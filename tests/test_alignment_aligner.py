@@ -207,10 +207,19 @@ def test_bad_options_are_named(options):
         TransportOptions(**options)
 
 
-def test_states_that_are_not_finite(random_states):
-    random_states.source_states[2, 3] = math.nan
-    with pytest.raises(XLFAError, match="NaN"):
-        Aligner.align([random_states], TransportOptions())
+def test_a_bad_pair_of_a_stream_is_counted_from_its_beginning(aligner, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 2)
+    with pytest.raises(XLFAError, match="pair 4: the target sentence: no word"):
+        list(aligner.stream([*PAIRS, ("a", "")]))
+
+
+@pytest.mark.parametrize("epsilon", [0, 0.1, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_states_that_are_not_finite(states, epsilon, value):
+    broken = replace(states[1], target_states=states[1].target_states.clone())
+    broken.target_states[2, 3] = value
+    with pytest.raises(XLFAError, match="pair 2: the target states have a NaN or an infinity"):
+        Aligner.align([states[0], broken, states[2]], TransportOptions(epsilon))
 
 
 @pytest.mark.offline

@@ -33,8 +33,8 @@ def links(sure, possible=()):
     return PharaohLinks(frozenset(sure), frozenset(sure) | frozenset(possible))
 
 
-def mirror_rows(alignment=((0, 0), (1, 1)), **columns):
-    row = {"source": ["a", "b"], "target": ["c", "d"], "alignment": [list(link) for link in alignment], **columns}
+def mirror_rows(alignment=([0, 0], [1, 1]), **columns):
+    row = {"source": ["a", "b"], "target": ["c", "d"], "alignment": alignment, **columns}
     return {"test": Dataset.from_list([row, row])}
 
 
@@ -124,11 +124,38 @@ def test_languages_and_numbers_of_pairs_are_chosen(write_mirror):
 
 
 def test_bad_links_of_a_data_set_name_the_pair(write_mirror):
-    root = write_mirror(DATASET, {"en-fr": mirror_rows([(0, 2)]), "en-hi": mirror_rows(sure=[[0, 1]])})
+    root = write_mirror(DATASET, {"en-fr": mirror_rows([[0, 2]]), "en-hi": mirror_rows(sure=[[0, 1]])})
     with pytest.raises(XLFAError, match=r"en-fr, test\), pair 1: no target word 2"):
         load_gold(data_root=root, languages=["fr"])
     with pytest.raises(XLFAError, match=r"en-hi, test\), pair 1: \(0, 1\) is in 'sure' and not in 'alignment'"):
         load_gold(data_root=root, languages=["hi"])
+
+
+def test_a_data_set_with_other_configurations_is_named(write_mirror):
+    root = write_mirror(DATASET, {"en-cs": mirror_rows(), "de-fr": mirror_rows()})
+    with pytest.raises(XLFAError, match="has no configuration en-ar, .*, en-zh; it has: en-cs, de-fr"):
+        load_gold(data_root=root)
+    assert [gold.name for gold in load_gold(data_root=root, languages=["cs"])] == ["en-cs"]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("source", "a b", "'source' must be a list of words such as .*, not 'a b'"),
+        ("target", [1, 2], "'target' must be a list of words .*, not \\[1, 2\\]"),
+        ("target", None, "'target' must be a list of words .*, not None"),
+        ("alignment", "0-0 1-1", "'alignment' must be a list of positions such as .*, not '0-0 1-1'"),
+        ("alignment", [[0, 0, 1]], "'alignment' must be a list of positions .*, not \\[\\[0, 0, 1\\]\\]"),
+        ("alignment", [[0.0, 1.0]], "'alignment' must be a list of positions"),
+        ("alignment", ["0-0"], "'alignment' must be a list of positions"),
+        ("alignment", None, "'alignment' must be a list of positions"),
+        ("sure", "0-0", "'sure' must be a list of positions"),
+    ],
+)
+def test_columns_of_another_form_name_the_pair(write_mirror, column, value, message):
+    root = write_mirror(DATASET, {"en-fr": mirror_rows(**{column: value})})
+    with pytest.raises(XLFAError, match=rf"local/word-alignment \(en-fr, test\), pair 1: {message}"):
+        load_gold(data_root=root)
 
 
 def test_the_embedded_gold_has_two_pairs_of_each_language_with_both_kinds_of_links():
@@ -138,7 +165,6 @@ def test_the_embedded_gold_has_two_pairs_of_each_language_with_both_kinds_of_lin
     for gold in sets:
         assert gold.told_apart
         for each, (source, target) in zip(gold.links, gold.pairs):
-            assert each.sure < each.possible or each.sure == each.possible
             # Short and complete: all words but a few have a link of one of the kinds.
             linked = {i for i, _ in each.possible}, {j for _, j in each.possible}
             assert len(source) - len(linked[0]) <= 2 and len(target) - len(linked[1]) <= 2

@@ -170,6 +170,12 @@ def test_the_page_is_the_same_every_time():
     assert render(strip) == render(strip)
 
 
+@pytest.mark.parametrize("mass, shown", [(1.0, "100"), (0.996, "99.6"), (0.0123, "1.23")])
+def test_a_mass_is_a_plain_number(mass, shown):
+    plan = make_alignment(["a"], ["b", "c"], weights=np.array([[mass, 1 - mass]]))
+    assert f"b\u2069: {shown} % of the mass" in Page(render({"plan": plan})).cells[1][1]["title"]
+
+
 @pytest.mark.parametrize("alignments", [{}, {"plan": make_alignment([], ["a"])}])
 def test_what_cannot_be_shown(alignments, tmp_path):
     with pytest.raises(XLFAError):

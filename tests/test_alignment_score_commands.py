@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from xlfa.alignment.aligner import Aligner, TransportOptions
 from xlfa.alignment.formats import PharaohLinks
-from xlfa.alignment.gold import DATASET, GoldSet
+from xlfa.alignment.gold import DATASET, TARGET_LANGUAGES, GoldSet
 from xlfa.alignment.links import argmax_links, extract_links, softmax_links
 from xlfa.alignment.score_commands import main
 from xlfa.alignment.score_table import (
@@ -265,7 +265,23 @@ def test_a_single_pair_has_no_interval_in_any_output(gold):
         (["--epsilon", "-1"], "epsilon -1"),
         (["--unbalanced", "0"], "unbalanced 0"),
         (["--data_root", "/nowhere"], "the folder /nowhere/local/word-alignment does not exist"),
-        (["{gold}", "{links}", "--output_dir", "{gold}"], "--output_dir .*gold.txt is a file: name a folder"),
+        (
+            ["{gold}", "{links}", "--output_dir", "{gold}"],
+            "cannot write to .*gold.txt .File exists.: name another folder",
+        ),
+        (["--output_dir", "n" * 300], "cannot write to n+ .File name too long.: name another folder"),
+        (
+            ["{gold}", "{links}", "--threshold", "0"],
+            "--threshold goes with aligning, not with the links of .*links.txt",
+        ),
+        (["{gold}", "{links}", "--source_language", "de"], "--source_language goes with aligning"),
+        (["{gold}", "{links}", "--target_language", "de"], "--target_language goes with aligning"),
+        (["--method", "argmax", "--threshold", "3"], "--threshold goes with --method threshold"),
+        (
+            ["--methods", "argmax", "softmax", "--epsilon", "1"],
+            "--epsilons goes with --method mutual_argmax or threshold",
+        ),
+        (["--method", "softmax", "--unbalanced", "1"], "--unbalanced goes with --method mutual_argmax or threshold"),
     ],
 )
 def test_bad_flags_are_refused_before_a_model_is_loaded(files, monkeypatch, flags, message):
@@ -289,7 +305,7 @@ def test_the_help_fits_a_screen_has_examples_and_waits_for_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"COLUMNS": "120"})
     assert done.returncode == 0
     assert done.stderr.strip().endswith("False")
-    assert "examples:" in done.stdout
+    assert "examples:" in done.stdout and " ".join(TARGET_LANGUAGES) in done.stdout
     assert len(done.stdout.splitlines()) <= 50
 
 

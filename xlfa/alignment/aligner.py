@@ -249,15 +249,21 @@ class Aligner:
         return [_pair_states(*both) for both in zip(pairs, states[::2], states[1::2], strict=True)]
 
     def states(
-        self, pairs: Sequence[tuple[SentenceOrWords, SentenceOrWords]], languages: Languages = (None, None)
+        self,
+        pairs: Sequence[tuple[SentenceOrWords, SentenceOrWords]],
+        languages: Languages = (None, None),
+        first: int = 1,
     ) -> list[PairStates]:
         """The states of pairs of texts, or of given words, in their order.
 
+        Args:
+            first: number of the first pair, for the error.
+
         Raises:
-            XLFAError: for a pair that cannot be aligned, with its number from 1; see `encode`.
+            XLFAError: for a pair that cannot be aligned, with its number; see `encode`.
         """
         encoded = []
-        for number, (source, target) in enumerate(pairs, start=1):
+        for number, (source, target) in enumerate(pairs, start=first):
             try:
                 encoded.append(self.encode(source, target, languages))
             except XLFAError as error:
@@ -268,17 +274,25 @@ class Aligner:
         self, pairs: Iterable[tuple[SentenceOrWords, SentenceOrWords]], languages: Languages = (None, None)
     ) -> Iterator[PairStates]:
         """`states` of any number of pairs; `CHUNK` of them are in memory at a time."""
-        pairs = iter(pairs)
+        pairs, first = iter(pairs), 1
         while chunk := list(islice(pairs, CHUNK)):
-            yield from self.states(chunk, languages)
+            yield from self.states(chunk, languages, first)
+            first += len(chunk)
 
     @staticmethod
     def align(states: Sequence[PairStates], options: TransportOptions) -> list[Alignment]:
         """A plan for each pair, in their order; no pass of the encoder.
 
         Raises:
-            XLFAError: for states that are not finite.
+            XLFAError: for states that are not finite, with the pair's number from 1.
         """
+        # The solver would count within its batch.
+        for number, pair in enumerate(states, start=1):
+            for side, own in (("source", pair.source_states), ("target", pair.target_states)):
+                if not own.isfinite().all():
+                    raise XLFAError(
+                        f"pair {number}: the {side} states have a NaN or an infinity: choose another layer or model"
+                    )
         # Plans of similar size together: a batch is as large as its largest one.
         sizes = [max(len(pair.source_pieces), len(pair.target_pieces)) ** 2 for pair in states]
         alignments: dict[int, Alignment] = {}
@@ -360,25 +374,22 @@ def _solve(pairs: list[PairStates], options: TransportOptions) -> TransportResul
     (source, source_marginal), (target, target_marginal) = sides
     cost = pairwise_cost(source, target, options.cost)
     masks = (source_marginal > 0).to(cost.dtype), (target_marginal > 0).to(cost.dtype)
-    try:
-        if options.epsilon == 0:
-            return exact_plan(cost, *masks, source_marginal, target_marginal)
-        if options.epsilon == math.inf:
-            return product_plan(cost, *masks, source_marginal, target_marginal)
-        return sinkhorn(
-            cost,
-            options.epsilon,
-            *masks,
-            max_iter=options.max_iter,
-            tol=options.tol,
-            return_plan=True,
-            source_marginal=source_marginal,
-            target_marginal=target_marginal,
-            tau=options.unbalanced,
-            epsilon_scale=options.epsilon_scale,
-        )
-    except ValueError as error:
-        raise XLFAError(str(error)) from None
+    if options.epsilon == 0:
+        return exact_plan(cost, *masks, source_marginal, target_marginal)
+    if options.epsilon == math.inf:
+        return product_plan(cost, *masks, source_marginal, target_marginal)
+    return sinkhorn(
+        cost,
+        options.epsilon,
+        *masks,
+        max_iter=options.max_iter,
+        tol=options.tol,
+        return_plan=True,
+        source_marginal=source_marginal,
+        target_marginal=target_marginal,
+        tau=options.unbalanced,
+        epsilon_scale=options.epsilon_scale,
+    )
 
 
 def _memberships(word_of_piece: np.ndarray, words: int) -> np.ndarray:

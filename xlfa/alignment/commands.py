@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from xlfa.alignment.words import check_language
 from xlfa.errors import XLFAError
-from xlfa.files import check_output
+from xlfa.files import check_output, naming_output
 
 if TYPE_CHECKING:
     from xlfa.alignment.aligner import Aligner, Alignment, EncodedPair, PairStates, TransportOptions
@@ -108,13 +109,13 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.file is not None and (arguments.plot or arguments.html):
         raise XLFAError("--plot and --html show one pair of sentences, not --file")
     # Pipes are files too.
-    if arguments.file not in (None, "-") and (not Path(arguments.file).exists() or Path(arguments.file).is_dir()):
+    if arguments.file not in (None, "-") and (not os.path.exists(arguments.file) or os.path.isdir(arguments.file)):
         raise XLFAError(f"--file {arguments.file}: no such file")
     if arguments.file is not None and arguments.format == "table":
         raise XLFAError("--format table shows one pair of sentences; --file takes pharaoh or json")
     for name in ("output", "plot", "html"):
         path = getattr(arguments, name)
-        if path is not None and Path(path).is_dir():
+        if path is not None and os.path.isdir(path):
             raise XLFAError(f"--{name} {path} is a folder: name a file")
     check_output(arguments.output, arguments.file)
     if arguments.plot is not None:
@@ -147,11 +148,13 @@ def _draw(alignments: "dict[str, Alignment]", arguments: argparse.Namespace) -> 
     if arguments.plot is not None:
         from xlfa.alignment.heatmap import draw_alignment
 
-        draw_alignment(alignments, Path(arguments.plot))
+        with naming_output("plot", arguments.plot):
+            draw_alignment(alignments, Path(arguments.plot))
     if arguments.html is not None:
         from xlfa.alignment.page import write_page
 
-        write_page(alignments, Path(arguments.html))
+        with naming_output("html", arguments.html):
+            write_page(alignments, Path(arguments.html))
 
 
 def strip(aligner: "Aligner", states: "list[PairStates]", options: "TransportOptions") -> "dict[str, Alignment]":

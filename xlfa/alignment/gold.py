@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from xlfa.alignment.formats import PharaohLinks, read_pharaoh
 from xlfa.alignment.pairs import parse_pair, reading_lines
@@ -58,7 +59,8 @@ def load_gold(
         max_examples: the first that many pairs of each.
 
     Raises:
-        XLFAError: for a language that is not there, a link outside its sentences, and as `load_rows`.
+        XLFAError: for a language that is not there, words or links of another form, a link outside its sentences, and
+            as `load_rows`.
     """
     if languages is None:
         configs = held_configurations(dataset, [f"{SOURCE_LANGUAGE}-{code}" for code in TARGET_LANGUAGES], data_root)
@@ -71,19 +73,37 @@ def _load_set(dataset: str, config: str, data_root: str | None, max_examples: in
     rows = load_rows(dataset, config, SPLIT, data_root, COLUMNS)
     links, pairs = [], []
     for number, row in enumerate(islice(rows, max_examples), start=1):
-        possible = _as_links(row["alignment"])
-        sure = _as_links(row[SURE_COLUMN]) if SURE_COLUMN in rows.column_names else possible
         place = f"{dataset} ({config}, {SPLIT}), pair {number}"
+        pair = _as_words(row, "source", place), _as_words(row, "target", place)
+        possible = _as_links(row, "alignment", place)
+        sure = _as_links(row, SURE_COLUMN, place) if SURE_COLUMN in rows.column_names else possible
         if not sure <= possible:
             raise XLFAError(f"{place}: {min(sure - possible)} is in {SURE_COLUMN!r} and not in 'alignment'")
-        _check_range(possible, (row["source"], row["target"]), place)
+        _check_range(possible, pair, place)
         links.append(PharaohLinks(sure, possible))
-        pairs.append((row["source"], row["target"]))
+        pairs.append(pair)
     return GoldSet(config, links, pairs, tuple(config.split("-")))
 
 
-def _as_links(rows: list[list[int]]) -> frozenset[tuple[int, int]]:
-    return frozenset((source, target) for source, target in rows)
+def _as_words(row: dict[str, Any], column: str, place: str) -> list[str]:
+    words = row[column]
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise XLFAError(f"{place}: {column!r} must be a list of words such as ['a', 'cat'], not {words!r:.80}")
+    return words
+
+
+def _as_links(row: dict[str, Any], column: str, place: str) -> frozenset[tuple[int, int]]:
+    links = row[column]
+    if not isinstance(links, list) or not all(_is_link(link) for link in links):
+        raise XLFAError(
+            f"{place}: {column!r} must be a list of positions such as [[0, 0], [1, 2]] (source, target), not "
+            f"{links!r:.80}"
+        )
+    return frozenset(map(tuple, links))
+
+
+def _is_link(link: Any) -> bool:
+    return isinstance(link, list) and len(link) == 2 and all(isinstance(position, int) for position in link)
 
 
 def read_gold(path: Path, index_base: int = 0, sentences: str | None = None) -> GoldSet:

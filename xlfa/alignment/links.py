@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import softmax
 
 from xlfa.alignment.aligner import Alignment, PairStates
 from xlfa.errors import XLFAError
@@ -93,7 +94,7 @@ def softmax_links(states: PairStates, threshold: float = SOFTMAX_THRESHOLD) -> l
         threshold: c.
     """
     similarity = (states.source_states.double() @ states.target_states.double().T).numpy()
-    forward, backward = _softmax(similarity, axis=1), _softmax(similarity, axis=0)
+    forward, backward = softmax(similarity, axis=1), softmax(similarity, axis=0)
     return _any_piece(states, (forward > threshold) & (backward > threshold), forward * backward)
 
 
@@ -116,11 +117,6 @@ def _mutual_argmax(scores: np.ndarray) -> np.ndarray:
     rows, columns = np.arange(scores.shape[0]), np.arange(scores.shape[1])
     best = scores.argmax(axis=1)[:, None] == columns
     return best & (scores.argmax(axis=0) == rows[:, None])
-
-
-def _softmax(scores: np.ndarray, axis: int) -> np.ndarray:
-    exponentials = np.exp(scores - scores.max(axis=axis, keepdims=True))
-    return exponentials / exponentials.sum(axis=axis, keepdims=True)
 
 
 def _any_piece(states: PairStates, chosen: np.ndarray, scores: np.ndarray) -> list[Link]:

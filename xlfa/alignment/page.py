@@ -92,7 +92,7 @@ def _cells(alignment: Alignment, masses: np.ndarray, largest: float) -> list[lis
         [
             None
             if np.isnan(mass)
-            else Cell(mass / largest, _number(mass), f"{source} – {target}: {100 * mass:.2g} % of the mass")
+            else Cell(mass / largest, _number(mass), f"{source} – {target}: {100 * mass:.3g} % of the mass")
             for target, mass in zip(targets, row)
         ]
         for source, row in zip(sources, masses)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xlfa.alignment.commands import parse_layer
 from xlfa.errors import XLFAError
+from xlfa.files import writable_folder
 
 if TYPE_CHECKING:
     from xlfa.alignment.gold import GoldSet
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--index_base", type=int, choices=(0, 1), default=0, help="position of the first word in GOLD (0)")
     add("--dataset", metavar="ID", help="instead of GOLD; by default local/word-alignment")
     add("--data_root", metavar="DIR", help="where it lies as <org>/<name>, or sample (default without --dataset)")
-    add("--languages", nargs="+", metavar="CODE", help="of the data set, beside English; by default all")
+    add("--languages", nargs="+", metavar="CODE", help="by default those of ar de es fr hi ro ru th zh that it has")
     add("--max_examples", type=_positive, metavar="N", help="the first N pairs of each language")
     add("--source_language", metavar="CODE", help="of --file, ISO 639-1; by default the script decides")
     add("--target_language", metavar="CODE", help="likewise")
@@ -99,17 +100,20 @@ def _check(arguments: argparse.Namespace) -> None:
         if arguments.index_base:
             raise XLFAError("--index_base goes with a file GOLD: data sets count from 0")
     if arguments.hypothesis is not None:
-        _refuse(arguments, MODEL_FLAGS, f"aligning, not with the links of {arguments.hypothesis}")
-    if arguments.output_dir is not None and arguments.output_dir.exists() and not arguments.output_dir.is_dir():
-        raise XLFAError(f"--output_dir {arguments.output_dir} is a file: name a folder")
+        flags = (*MODEL_FLAGS, "source_language", "target_language")
+        _refuse(arguments, flags, f"aligning, not with the links of {arguments.hypothesis}")
     if arguments.choose and arguments.gold is None and _data_root(arguments) == "sample":
         raise XLFAError("--choose chooses on the embedded gold, which would then be scored: name another --data_root")
+    if arguments.output_dir is not None:
+        writable_folder(arguments.output_dir)
 
 
 def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], place: str) -> None:
-    given = [name for name in names if getattr(arguments, name)]
-    if given:
-        raise XLFAError(f"--{given[0]} goes with {place}")
+    for name in names:
+        value = getattr(arguments, name)
+        # A threshold of 0 is given too.
+        if value is not None and value is not False:
+            raise XLFAError(f"--{name} goes with {place}")
 
 
 def _score_hypothesis(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -133,7 +137,11 @@ def _score_model(arguments: argparse.Namespace) -> dict[str, Any]:
     epsilons, unbalanced = arguments.epsilons or [TransportOptions.epsilon], arguments.unbalanced or [None]
     settings = (epsilons, unbalanced, arguments.methods or ALL_METHODS, threshold)
     # Refuses what no layer can have, before a model is loaded.
-    grid([0], *settings)
+    conditions = grid([0], *settings)
+    if all(condition.threshold is None for condition in conditions):
+        _refuse(arguments, ("threshold",), "--method threshold")
+    if all(condition.transport is None for condition in conditions):
+        _refuse(arguments, ("epsilons", "unbalanced"), "--method mutual_argmax or threshold: the others need no plan")
     sets = _load_sets(arguments)
     model = arguments.model or DEFAULT_MODEL
     aligner = Aligner.from_pretrained(model)
