@@ -69,14 +69,12 @@ class XLFAQuestionAnsweringOutput(ModelOutput):
 
 
 def transport_statistics(result: TransportResult, solver: str) -> dict[str, torch.Tensor]:
-    """What training logs of a solve, one value a pair: plan entropy (nats) and, of Sinkhorn's iterations, their number,
-    the marginal error, the absolute epsilon and whether the pair did not converge."""
-    if solver != "sinkhorn":
-        return {"plan_entropy": result.plan_entropy.detach()}
-    return {
-        "plan_entropy": result.plan_entropy.detach(),
-        "iterations": result.iterations,
-        "marginal_error": result.marginal_error.detach(),
-        "epsilon": result.epsilon,
-        "not_converged": ~result.converged,
-    }
+    """What training logs of a solve, one value a pair: the plan's entropy in nats; of a solver that may end early, the
+    marginal error and whether the pair did not converge; of Sinkhorn's iterations, their number and the absolute
+    epsilon."""
+    statistics = {"plan_entropy": result.plan_entropy.detach()}
+    if solver != "product":
+        statistics |= {"marginal_error": result.marginal_error.detach(), "not_converged": ~result.converged}
+    if solver == "sinkhorn":
+        statistics |= {"iterations": result.iterations, "epsilon": result.epsilon}
+    return statistics

@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -17,6 +18,7 @@ from modeling_xlfa import (
     XLFAForTokenClassification,
     XLFAModel,
 )
+from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
 
 HEADS = [XLFAForQuestionAnswering, XLFAForSequenceClassification, XLFAForTokenClassification]
 
@@ -387,6 +389,54 @@ def test_predict_of_trainer_returns_logits_first(bert_config, tmp_path, tiny_enc
     assert predictions.shape == (2, 3)
 
 
+@pytest.mark.parametrize("head", [XLFAForSequenceClassification, XLFAForQuestionAnswering])
+def test_predict_of_trainer_returns_logits_alone_whatever_else_there_is(bert_config, tmp_path, head):
+    model = head(XLFAConfig(text_config=bert_config, ot_weight=1.0, output_hidden_states=True))
+    # A pair for each example, as a batch of Trainer's has as many rows of every input.
+    batch = task_inputs(head) | {name: torch.cat([value, value[:1]]) for name, value in pair_inputs().items()}
+    rows = [{name: value[number] for name, value in batch.items()} for number in range(4)]
+    outputs = model(**batch)
+    assert outputs.ot_loss is not None and outputs.ot_statistics and outputs.hidden_states and outputs.task_loss
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    predictions = trainer.predict(rows).predictions
+    if head is XLFAForQuestionAnswering:
+        assert [each.shape for each in predictions] == [(4, 10), (4, 10)]
+    else:
+        assert predictions.shape == (4, 2)
+
+
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_the_gradient_of_transformers_own_trainer_is_the_same_with_accumulation(bert_config, tmp_path, norm):
+    """It divides the loss by the accumulation steps itself: `accepts_loss_kwargs` leaves that to it."""
+    assert XLFAPreTrainedModel.accepts_loss_kwargs is False
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    batches = [task_inputs(XLFAForSequenceClassification, seed) for seed in (0, 1)]
+    rows = [{name: value[number] for name, value in batch.items()} for batch in batches for number in range(4)]
+    bert_config.hidden_dropout_prob = bert_config.attention_probs_dropout_prob = 0.0
+    found = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        config = XLFAConfig(text_config=bert_config, fusion_norm=norm, classifier_dropout=0.0)
+        arguments = TrainingArguments(
+            str(tmp_path / str(accumulation)),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            **{"max_steps": 1, "max_grad_norm": 0.0, "save_strategy": "no", "report_to": "none", "use_cpu": True},
+        )
+        gradients = Gradients()
+        model = XLFAForSequenceClassification(config).double()
+        Trainer(model, arguments, train_dataset=rows, callbacks=[gradients]).train()
+        found.append(gradients.found)
+    whole, parts = found
+    assert sum(gradient.abs().sum() for gradient in whole.values()) > 0
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-8, atol=1e-12, msg=name)
+
+
 def test_from_encoder_takes_the_pretrained_weights(tiny_encoder):
     model = XLFAForSequenceClassification.from_encoder(tiny_encoder, fusion="none", num_labels=3).eval()
     encoder = AutoModel.from_pretrained(tiny_encoder, add_pooling_layer=False).eval()
@@ -474,6 +524,7 @@ def test_hidden_states_can_be_asked_for_in_the_config(bert_config, tmp_path):
 
 
 def test_the_closed_forms_log_no_epsilon(bert_config):
-    for solver in ("exact", "product"):
+    checked = {"marginal_error", "not_converged"}
+    for solver, logged in (("exact", {"plan_entropy"} | checked), ("product", {"plan_entropy"})):
         model = XLFAModel(XLFAConfig(text_config=bert_config, ot_solver=solver))
-        assert set(model(**pair_inputs()).ot_statistics) == {"plan_entropy"}
+        assert set(model(**pair_inputs()).ot_statistics) == logged

@@ -1,5 +1,6 @@
 """The transport term around its solvers: costs, units of epsilon, limits, gradients, options, and bad input."""
 
+import math
 import sys
 import types
 
@@ -60,10 +61,11 @@ def test_scales_equal_a_direct_computation():
 
 @pytest.mark.parametrize(("cost", "center"), [("cosine", False), ("cosine", True), ("sqeuclidean", False)])
 @pytest.mark.parametrize("epsilon", [0.01, 0.3])
-def test_padding_changes_nothing(epsilon, cost, center):
+@pytest.mark.parametrize("pad_value", [math.nan, 7.0])
+def test_padding_changes_nothing(pad_value, epsilon, cost, center):
     lengths = [(8, 21), (12, 5)]
     plain = padded_batch(lengths)
-    source, source_mask, target, target_mask = padded_batch(lengths, pad_value=float("nan"))
+    source, source_mask, target, target_mask = padded_batch(lengths, pad_value=pad_value)
     grown = [
         torch.nn.functional.pad(source, (0, 0, 0, 9)),
         torch.nn.functional.pad(source_mask, (0, 9)),
