@@ -1,12 +1,17 @@
-"""The metrics against values worked out by hand from SQuAD's and MLQA's published evaluation scripts."""
+"""The metrics against values worked out by hand, and against what the published evaluation scripts do, on any text."""
 
+from functools import partial
 from pathlib import Path
 
 import evaluate
 import pytest
+import reference_metrics as reference
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score
 
 import xlfa.metrics
-from xlfa.metrics.extractive_qa import MLQA_ARTICLES, f1_score, normalize_mlqa, normalize_squad
+from xlfa.metrics.extractive_qa import MLQA_ARTICLES, f1_score, normalize_mlqa, normalize_squad, question_scores
 
 FOLDER = Path(xlfa.metrics.__file__).parent
 
@@ -81,6 +86,49 @@ def test_mlqa_normaliser_takes_unicode_and_ascii_punctuation():
 def test_f1_counts_repeated_tokens_as_often_as_both_have_them():
     # 2 of 3 predicted tokens, 2 of 4 right ones.
     assert f1_score("cat cat dog", "cat cat fish bird") == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+
+
+# What normalisers look at: articles and words that hold them, scripts, digits, marks and spaces of several kinds.
+PIECES = st.sampled_from(
+    [
+        *"aA1_-'.,“”¿।؟、。 \t\u00a0\u3000\n",
+        "the",
+        "The",
+        "an",
+        "der",
+        "Dem",
+        "la",
+        "unos",
+        "của",
+        "là",
+        "theatre",
+        "derbe",
+    ]
+    + ["ال", "سوق", "鱼", "市场", "一", "龥", "मछली", "ตลาด", "é", "e\u0301", "ß", "İ", "²", "\ufeff", "\u200d"]
+)
+TEXT = st.lists(PIECES, max_size=8).map("".join)
+
+
+@given(
+    prediction=TEXT, answers=st.lists(TEXT, min_size=1, max_size=3), language=st.sampled_from([*MLQA_ARTICLES, "th"])
+)
+def test_scores_are_those_of_the_published_scripts(prediction, answers, language):
+    found = question_scores([prediction], [answers], language)
+    tokens = {"": reference.squad_tokens}
+    if language in MLQA_ARTICLES:
+        tokens["_mlqa"] = partial(reference.mlqa_tokens, language=language)
+    assert found == {
+        name + suffix: [score(prediction, answers, own)]
+        for suffix, own in tokens.items()
+        for name, score in (("f1", reference.f1), ("exact_match", reference.exact_match))
+    }
+
+
+@given(pairs=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1))
+def test_accuracy_is_that_of_scikit_learn(accuracy, pairs):
+    predictions, references = zip(*pairs)
+    found = accuracy.compute(predictions=predictions, references=references)
+    assert found["accuracy"] == pytest.approx(100 * accuracy_score(references, predictions))
 
 
 def test_a_right_answer_scores_100_by_every_score(extractive_qa):

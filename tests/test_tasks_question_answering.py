@@ -238,6 +238,23 @@ def test_the_exact_answer_comes_back_where_the_logits_point_at_it(packaged_token
     assert TASK.score(predictions, language)["f1"] > 90
 
 
+@pytest.mark.offline
+@pytest.mark.parametrize("name", ["tokenizer", "packaged_tokenizer"])
+@pytest.mark.parametrize("answer", ["Markt", "Fluss"])
+def test_a_byte_order_mark_in_the_context_moves_no_answer(request, name, answer):
+    """Files of some data sets have it at their beginning, and so inside what was joined from them."""
+    tokenizer = request.getfixturevalue(name)
+    context = "\ufeffDer Markt liegt\ufeff am Fluss."
+    rows = question_rows(context, [(answer, context.index(answer))])
+    (window,) = windows = TASK.windows(rows, tokenizer, MAX_LENGTH, STRIDE)
+    span = answer_tokens(*zip(*offsets_of(window)), context.index(answer), context.index(answer) + len(answer))
+    (prediction,) = TASK.predictions(rows, ["q"], windows, read(logits_at(windows, [span]), windows))
+    assert TASK.score([prediction], "de")["exact_match"] == 100.0
+    (feature,) = TASK.training_features(rows, tokenizer, MAX_LENGTH, STRIDE)
+    first = window["context_start"]
+    assert (feature["start_positions"], feature["end_positions"]) == (first + span[0], first + span[1])
+
+
 def test_scores_are_those_of_both_normalisers():
     predictions = [Prediction("1", "der Markt", ["Markt"], 0.5)]
     assert TASK.score(predictions, "de")["exact_match_mlqa"] == 100.0
