@@ -89,38 +89,22 @@ def test_f1_counts_repeated_tokens_as_often_as_both_have_them():
 
 
 # What normalisers look at: articles and words that hold them, scripts, digits, marks and spaces of several kinds.
-PIECES = st.sampled_from(
-    [
-        *"aA1_-'.,“”¿।؟、。 \t\u00a0\u3000\n",
-        "the",
-        "The",
-        "an",
-        "der",
-        "Dem",
-        "la",
-        "unos",
-        "của",
-        "là",
-        "theatre",
-        "derbe",
-    ]
-    + ["ال", "سوق", "鱼", "市场", "一", "龥", "मछली", "ตลาด", "é", "e\u0301", "ß", "İ", "²", "\ufeff", "\u200d"]
-)
+CHARACTERS = "aA1_-'.,“”¿।؟、。鱼一龥éßİ² \t\u00a0\u3000\n\ufeff\u200d"
+WORDS = "the The an der Dem la unos của là theatre derbe ال سوق 市场 मछली ตลาด".split()
+PIECES = st.sampled_from([*CHARACTERS, *WORDS, "e\u0301"])
 TEXT = st.lists(PIECES, max_size=8).map("".join)
 
 
-@given(
-    prediction=TEXT, answers=st.lists(TEXT, min_size=1, max_size=3), language=st.sampled_from([*MLQA_ARTICLES, "th"])
-)
+@given(prediction=TEXT, answers=st.lists(TEXT, min_size=1), language=st.sampled_from([*MLQA_ARTICLES, "th"]))
 def test_scores_are_those_of_the_published_scripts(prediction, answers, language):
     found = question_scores([prediction], [answers], language)
     tokens = {"": reference.squad_tokens}
     if language in MLQA_ARTICLES:
         tokens["_mlqa"] = partial(reference.mlqa_tokens, language=language)
     assert found == {
-        name + suffix: [score(prediction, answers, own)]
+        name + suffix: [published(prediction, answers, own)]
         for suffix, own in tokens.items()
-        for name, score in (("f1", reference.f1), ("exact_match", reference.exact_match))
+        for name, published in (("f1", reference.f1), ("exact_match", reference.exact_match))
     }
 
 
