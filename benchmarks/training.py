@@ -8,8 +8,9 @@ side with examples and pairs in one call of the encoder, padded to the longer of
 
 peers: examples a second of one pass over the same examples in the same batches. "peers" is transformers' Trainer as
 run_xnli and run_qa set it up: every input padded to the longest length (128, 384), float32. "ours" is `XLFATrainer` as
-`train_xlfa.py` sets it up: padded to the batch, in parts of --max_tokens_per_batch, matrix products in bfloat16 where
-the machine has them. Neither has dropout, fusion or transport, so that the losses of both can be compared step by step.
+`train_xlfa.py` sets it up: padded to the batch, in parts of --max_tokens_per_batch, and with its flag --bf16 true where
+the machine has bfloat16 in hardware. Neither has dropout, fusion or transport, so that the losses of both can be
+compared step by step.
 """
 
 import argparse
@@ -298,22 +299,24 @@ def bootstrap_interval(ratios: list[float]) -> tuple[float, float]:
 
 
 def additions_report(task: Task, workload: Workload, argv: list[str]) -> tuple[list[str], bool]:
-    """The costs of the additions in a table, and whether they are within the targets."""
+    """The costs of the additions in a table, and whether they are within the targets, by their intervals too."""
     seconds = time_sides(workload)
     memory = memory_of_sides(task, argv)
     lines = [["side", "seconds a step", "times plain", "95 % interval", "peak MiB", "times plain"]]
-    met = True
+    met = shown = True
     for side in SIDES:
         ratios = [own / plain for own, plain in zip(seconds[side], seconds["plain"])]
         ratio, size = statistics.median(ratios), memory[side] / memory["plain"]
         met &= side == "one call" or (ratio <= MOST_TIME and size <= MOST_MEMORY)
-        interval = "{:.3f} to {:.3f}".format(*bootstrap_interval(ratios))
+        low, high = bootstrap_interval(ratios)
+        shown &= side == "one call" or high <= MOST_TIME
         lines.append(
-            [side, f"{statistics.median(seconds[side]):.3f}", f"{ratio:.3f}", interval, f"{memory[side]:.0f}"]
-            + [f"{size:.3f}"]
+            [side, f"{statistics.median(seconds[side]):.3f}", f"{ratio:.3f}", f"{low:.3f} to {high:.3f}"]
+            + [f"{memory[side]:.0f}", f"{size:.3f}"]
         )
     text = f"additions to {task.name}: at most {MOST_TIME} times the plain step and {MOST_MEMORY} times its memory"
-    return [*table(lines), "", f"{'met' if met else 'NOT MET'}: {text}"], met
+    verdict = "NOT MET" if not met else "met" if shown else "NOT SHOWN, an interval reaches beyond the target"
+    return [*table(lines), "", f"{verdict}: {text}"], met and shown
 
 
 def peers_report(task: Task, workload: Workload) -> tuple[list[str], bool]:

@@ -61,3 +61,7 @@ def test_the_report_says_whether_the_targets_are_met(workload, monkeypatch):
     slow["one call"] = [1.5, 1.5]
     lines, met = benchmark.additions_report(workload.task, workload, [])
     assert met and lines[-1].startswith("met")
+    slow["+ OT"] = [1.3, 1.0]
+    monkeypatch.setattr(benchmark.statistics, "median", min)
+    lines, met = benchmark.additions_report(workload.task, workload, [])
+    assert not met and lines[-1].startswith("NOT SHOWN, an interval")

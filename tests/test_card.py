@@ -221,6 +221,12 @@ def test_the_command_is_that_of_as_many_processes(trained):
     assert "| machine | NVIDIA H100, 8 processes |" in card_of(several)
 
 
+def test_how_epsilon_was_chosen_can_be_told(trained):
+    noted = change(trained, model_arguments={"ot_epsilon_note": "by English validation\nof *five* seeds."})
+    assert "How it was chosen: by English validation of \\*five\\* seeds." in card_of(noted)
+    assert "--ot_epsilon_note" in training_command(noted)
+
+
 def test_limits_follow_from_the_run(trained):
     packaged = change(
         trained,

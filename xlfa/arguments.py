@@ -68,6 +68,7 @@ class ModelArguments:
     fusion_layer_norm: bool | None = option("A LayerNorm on each fused layer.")
     ot_weight: float | None = option("Weight of the optimal-transport term; 0 (default) switches it off.")
     ot_epsilon: float | None = option("Entropic regularisation in units of --ot_epsilon_scale (0.1).")
+    ot_epsilon_note: str | None = option("How it was chosen, in a sentence for the model card.")
     ot_solver: str | None = choice("ot_solver", "sinkhorn, or a limit of epsilon: exact (0), product (infinity).")
     ot_epsilon_scale: str | None = choice("ot_epsilon_scale", "Unit of epsilon (centered_std).")
     ot_cost: str | None = choice("ot_cost", "Cost between token states (cosine).")
@@ -134,7 +135,7 @@ class ModelArguments:
     def config_fields(self) -> dict[str, Any]:
         """The `XLFAConfig` fields that were given."""
         own = {"model", "encoder_config", "freeze_word_embeddings", "cache_trunk", "trim_vocab", "peft"}
-        own.add("new_pieces_learning_rate")
+        own |= {"new_pieces_learning_rate", "ot_epsilon_note"}
         own |= {name for name in vars(self) if name.startswith("lora_")}
         given = {
             name: value for name, value in dataclasses.asdict(self).items() if value is not None and name not in own

@@ -338,9 +338,10 @@ def describe_epsilon(trained: TrainedRun) -> str:
     config = trained.config
     unit = EPSILON_UNITS[config.ot_epsilon_scale]
     value = f"ot_epsilon {config.ot_epsilon}, in units of ot_epsilon_scale {config.ot_epsilon_scale}: {unit}."
-    given = trained.run["model_arguments"].get("ot_epsilon") is not None
+    arguments = trained.run["model_arguments"]
+    given = arguments.get("ot_epsilon") is not None
     chosen = "given to the training command; how it was found is not recorded" if given else "the default, not tuned"
-    parts = [value, f"How it was chosen: {chosen}."]
+    parts = [value, f"How it was chosen: {(arguments.get('ot_epsilon_note') or chosen).rstrip('.')}."]
     if config.ot_weight == 0:
         parts.append("The alignment term was off, so no weight depends on it.")
     elif config.ot_solver != "sinkhorn":
