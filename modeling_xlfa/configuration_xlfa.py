@@ -234,6 +234,11 @@ class XLFAConfig(PretrainedConfig):
         causal = encoder in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and encoder not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         if causal or self.text_config.is_encoder_decoder or getattr(self.text_config, "is_decoder", False):
             raise ValueError(f"text_config: {encoder!r} is not an encoder-only model")
+        for config in (self, self.text_config):
+            # transformers would load the file of that name, whatever `use_safetensors` says.
+            weights = getattr(config, "transformers_weights", None)
+            if weights is not None and not str(weights).endswith(".safetensors"):
+                raise ValueError(f"transformers_weights={weights!r} is not allowed: it must be a .safetensors file")
         for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
                 self._reject(field, f"one of {', '.join(map(repr, allowed))}")

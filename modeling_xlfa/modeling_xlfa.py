@@ -120,8 +120,11 @@ class XLFAModel(XLFAPreTrainedModel):
 
     def __init__(self, config: XLFAConfig):
         super().__init__(config)
-        # In the type that fusion and head are built in, whatever the encoder was published in.
-        self.encoder = AutoModel.from_config(config.text_config, dtype=torch.get_default_dtype())
+        # In the type that fusion and head are built in, whatever the encoder was published in. Its own auto_map is not
+        # followed, also where this file's code is trusted.
+        self.encoder = AutoModel.from_config(
+            config.text_config, trust_remote_code=False, dtype=torch.get_default_dtype()
+        )
         if hasattr(self.encoder, "pooler"):
             # Unused: without a gradient it would break distributed training.
             self.encoder.pooler = None

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from modeling_xlfa import XLFAConfig
@@ -112,9 +113,16 @@ def load_adapter(model_class: type[XLFAPreTrainedModel], name_or_path: str, enco
         encoder: by default the one that the adapter names; needed where that was a local folder.
 
     Raises:
-        XLFAError: for an adapter that names no encoder where none is given, or one that has other sizes.
+        XLFAError: for an adapter whose weights are a pickle, one that names no encoder where none is given, or one that
+            has other sizes.
         OSError: where there is no such adapter or encoder.
     """
+    # PEFT would take adapter_model.bin instead.
+    if cached_file(name_or_path, ADAPTER_SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False) is None:
+        raise XLFAError(
+            f"{name_or_path} holds adapters without {ADAPTER_SAFE_WEIGHTS_NAME}; a pickle is not read: save them with "
+            "PEFT's save_pretrained"
+        )
     config = XLFAConfig.from_pretrained(name_or_path)
     encoder = encoder or PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
     if not encoder:
