@@ -16,9 +16,11 @@ from xlfa.consistency import (
     CosineRanker,
     MaskedLMRanker,
     consistency,
+    format_matrix,
     load_aligned,
     main,
     ranks_of,
+    summarise_ranks,
 )
 from xlfa.errors import XLFAError
 from xlfa.retrieval import embed_sentences
@@ -72,8 +74,8 @@ def test_rankc_equals_the_formula_written_out():
     generator = np.random.default_rng(0)
     for _ in range(20):
         one, other = ([generator.permutation(size) for size in (10, 10, 3, 1, 7)] for _ in range(2))
-        assert consistency(one, other) == pytest.approx(written_out(one, other))
-        assert consistency(one, one) == pytest.approx(1.0)
+        assert consistency(one, other).mean() == pytest.approx(written_out(one, other))
+        assert consistency(one, one) == pytest.approx(np.ones(5))
         assert consistency(one, other) == pytest.approx(consistency(other, one))
 
 
@@ -81,7 +83,68 @@ def test_the_order_of_the_top_ranks_weighs_most():
     straight = [np.arange(10)]
     top_swapped, bottom_swapped = np.arange(10), np.arange(10)
     top_swapped[:2], bottom_swapped[-2:] = [1, 0], [9, 8]
-    assert consistency(straight, [top_swapped]) < 0.4 < 0.99 < consistency(straight, [bottom_swapped]) < 1
+    (top,), (bottom,) = (consistency(straight, [swapped]) for swapped in (top_swapped, bottom_swapped))
+    assert top < 0.4 < 0.99 < bottom < 1
+
+
+def some_ranks(number, languages=("en", "nl", "es"), seed=0):
+    """Of seven candidates a query, in a random order in each language."""
+    generator = np.random.default_rng(seed)
+    return {language: [generator.permutation(7) for _ in range(number)] for language in languages}
+
+
+def width(interval):
+    return interval[1] - interval[0]
+
+
+def test_means_and_intervals_by_hand():
+    # Two candidates: the same order gives 1, the other one half the weight of the second, 1 / (1 + e).
+    straight, swapped, half = np.array([0, 1]), np.array([1, 0]), 100 / (1 + np.e)
+    ranks = {"en": [straight, straight], "nl": [straight, swapped], "es": [swapped, straight]}
+    scores = summarise_ranks(ranks)
+    mean = (100 + half) / 2
+    assert scores["matrix"]["nl"] == pytest.approx({"en": mean, "nl": 100.0, "es": half})
+    assert scores["languages"] == pytest.approx({"en": mean, "nl": (mean + half) / 2, "es": (mean + half) / 2})
+    assert scores["average"] == pytest.approx((2 * mean + half) / 3)
+    assert scores["average_with_english"] == pytest.approx(mean)
+    intervals = scores["intervals"]
+    # Of two queries a draw holds only the first or only the second one in a quarter of the draws each.
+    assert intervals["matrix"]["en"]["nl"] == pytest.approx([half, 100.0])
+    assert intervals["matrix"]["nl"]["es"] == pytest.approx([half, half])
+    assert intervals["languages"]["nl"] == pytest.approx([half, mean])
+    # One draw serves all languages: where English agrees with one of the others, it does not with the other one.
+    assert intervals["languages"]["en"] == pytest.approx([mean, mean])
+    assert intervals["average"] == pytest.approx([scores["average"]] * 2)
+    assert intervals["average_with_english"] == intervals["languages"]["en"]
+
+
+def test_intervals_hold_their_means_and_shrink_with_more_queries():
+    few, many = (summarise_ranks(some_ranks(number)) for number in (100, 900))
+    for scores in (few, many):
+        pairs = [(scores[name], scores["intervals"][name]) for name in ("average", "average_with_english")]
+        for one in scores["languages"]:
+            pairs.append((scores["languages"][one], scores["intervals"]["languages"][one]))
+            for other in scores["languages"].keys() - {one}:
+                pairs.append((scores["matrix"][one][other], scores["intervals"]["matrix"][one][other]))
+        assert all(0 < low < value < high < 100 for value, (low, high) in pairs) and len(pairs) == 2 + 3 + 6
+    assert width(few["intervals"]["average"]) / width(many["intervals"]["average"]) == pytest.approx(3, rel=0.2)
+    values = 100 * consistency(*(some_ranks(900)[language] for language in ("en", "nl")))
+    assert width(many["intervals"]["matrix"]["en"]["nl"]) == pytest.approx(2 * 1.96 * values.std() / 30, rel=0.1)
+    assert summarise_ranks(some_ranks(900)) == many
+
+
+def test_a_single_query_shows_no_spread():
+    scores = summarise_ranks(some_ranks(1, ("nl", "es")))
+    assert scores["average_with_english"] is None and scores["average"] == scores["matrix"]["nl"]["es"]
+    nothing = {"nl": None, "es": None}
+    assert scores["intervals"] == {
+        "matrix": {"nl": nothing, "es": nothing},
+        "languages": nothing,
+        "average": None,
+        "average_with_english": None,
+    }
+    described = {"dataset": "d", "scoring": "cosine", "layer": "4", "queries": 1}
+    assert format_matrix(described | scores).endswith(f"average of the pairs {scores['average']:.2f}")
 
 
 def test_ranks_put_the_highest_score_first_and_ties_in_order():
@@ -165,7 +228,12 @@ def test_the_matrix_is_written_and_printed(masked_lm, data_root, tmp_path, capsy
     )
     expected = np.mean([100.0, scores["matrix"]["en"]["es"], scores["matrix"]["nl"]["es"]])
     assert scores["average"] == pytest.approx(expected)
-    assert "average of the pairs" in capsys.readouterr().out
+    with_english = np.mean([scores["matrix"]["en"][other] for other in ("nl", "es")])
+    assert scores["average_with_english"] == scores["languages"]["en"] == pytest.approx(with_english)
+    assert scores["schema_version"] == 2 and scores["bootstrap"] == {"confidence": 0.95, "draws": 9999}
+    assert scores["intervals"].keys() == {"matrix", "languages", "average", "average_with_english"}
+    low, high = scores["intervals"]["average"]
+    assert f"average of the pairs {expected:.2f} [{low:.1f}, {high:.1f}]\n" in capsys.readouterr().out
 
 
 def test_a_sample_is_the_same_in_every_language(tiny_encoder, data_root):

@@ -7,6 +7,8 @@ Qi, Fernández, Bisazza 2023 (arXiv 2310.10378). For query i with N candidates, 
 Candidates are matched by their index across languages. Whether the answers are right does not enter.
 """
 
+import functools
+import itertools
 import json
 import logging
 import sys
@@ -31,7 +33,8 @@ from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError
 from xlfa.files import write_text
 from xlfa.inference import InferenceOptions, infer
-from xlfa.retrieval import FUSED, embed_sentences, load_states_model, scores_folder
+from xlfa.retrieval import FUSED, embed_sentences, format_interval, load_states_model, scores_folder
+from xlfa.statistics import CONFIDENCE, Clusters, Counts, Table, bootstrap, number_of_draws
 from xlfa.tasks.token_classification import marks_spaces
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,8 @@ SPLIT, COLUMNS = "test", ("prompt", "candidates")
 LANGUAGES = "ar ca el en es fa fr he hu ja ko nl ru tr uk vi zh".split()
 BLANK = "<mask>"
 RANKC_FILE = "rankc.json"
+# Version 1 had no intervals, and no means of languages.
+SCHEMA_VERSION = 2
 DESCRIPTION = "RankC: consistency of the ranking of candidate answers between languages (BMLAMA-17's layout)."
 EXAMPLES = """examples:
   xlfa rankc --model runs/xnli-dlfa --dataset local/bmlama17 --data_root DATA
@@ -110,18 +115,13 @@ def score_consistency(arguments: ConsistencyArguments) -> dict[str, Any]:
     rows = load_aligned(arguments, languages)
     rank = CosineRanker(arguments) if arguments.scoring == "cosine" else MaskedLMRanker(arguments)
     ranks = {language: rank(rows[language], language) for language in tqdm(languages, desc="languages")}
-    matrix = {one: {other: 100 * consistency(ranks[one], ranks[other]) for other in languages} for one in languages}
-    pairs = [matrix[one][other] for index, one in enumerate(languages) for other in languages[index + 1 :]]
-    with_english = [matrix["en"][other] for other in languages if other != "en"] if "en" in languages else []
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "dataset": arguments.dataset,
         "scoring": arguments.scoring,
         "layer": rank.layer,
         "queries": len(next(iter(rows.values()))),
-        "matrix": matrix,
-        "average": float(np.mean(pairs)),
-        "average_with_english": float(np.mean(with_english)) if with_english else None,
+        **summarise_ranks(ranks),
         "settings": {"max_examples": arguments.max_examples, "seed": arguments.seed, **vars(rank.options)},
         "versions": versions(),
     }
@@ -265,15 +265,55 @@ def ranks_of(scores: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def consistency(one: list[np.ndarray], other: list[np.ndarray]) -> float:
-    """RankC of two languages' ranks of the same queries' candidates, 0 to 1."""
-    total = 0.0
+def summarise_ranks(ranks: dict[str, list[np.ndarray]]) -> dict[str, Any]:
+    """RankC, 0 to 100: `matrix`, means, `intervals` of the same shape and `bootstrap` of `rankc.json`.
+
+    A draw of queries serves all languages, as these have the same ones.
+
+    Args:
+        ranks: of each query's candidates, by language.
+    """
+    found: dict[tuple[str, str], np.ndarray] = {}
+    for one, other in itertools.combinations_with_replacement(ranks, 2):
+        found[one, other] = found[other, one] = 100 * consistency(ranks[one], ranks[other])
+    # Beside each other in one array, queries x languages: one product serves a draw of all pairs of a language.
+    counts: Counts = {one: {"rankc": np.stack([found[one, other] for other in ranks], axis=-1)} for one in ranks}
+    queries: Clusters = list(range(len(next(iter(found.values())))))
+    table, intervals, _ = bootstrap(functools.partial(tabulate, len(queries)), counts, queries)
+    return {
+        **table,
+        "intervals": intervals,
+        "bootstrap": {"confidence": CONFIDENCE, "draws": number_of_draws(queries)},
+    }
+
+
+def tabulate(queries: int, sums: Counts) -> Table:
+    """`matrix`, its means over the other `languages`, and averages, from sums over queries: language → ... x languages.
+
+    `average` is that of the pairs: each language has as many.
+    """
+    matrix = {one: dict(zip(sums, np.moveaxis(own["rankc"] / queries, -1, 0))) for one, own in sums.items()}
+    languages = {
+        one: sum(value for other, value in own.items() if other != one) / (len(matrix) - 1)
+        for one, own in matrix.items()
+    }
+    return {
+        "matrix": matrix,
+        "languages": languages,
+        "average": sum(languages.values()) / len(languages),
+        "average_with_english": languages.get("en"),
+    }
+
+
+def consistency(one: list[np.ndarray], other: list[np.ndarray]) -> np.ndarray:
+    """RankC of each query, 0 to 1, from two languages' ranks of its candidates."""
+    values = []
     for ranks, other_ranks in zip(one, other, strict=True):
         count = len(ranks)
         # A candidate is in both top j from the worse of its two ranks on.
         shared = np.bincount(np.maximum(ranks, other_ranks), minlength=count).cumsum()
-        total += softmax(np.arange(count, 0, -1)) @ (shared / np.arange(1, count + 1))
-    return total / len(one)
+        values.append(softmax(np.arange(count, 0, -1)) @ (shared / np.arange(1, count + 1)))
+    return np.array(values)
 
 
 def format_matrix(scores: dict[str, Any]) -> str:
@@ -283,4 +323,5 @@ def format_matrix(scores: dict[str, Any]) -> str:
     lines.append(" ".join(f"{name:>5}" for name in ("", *languages)))
     for one in languages:
         lines.append(" ".join([f"{one:>5}", *(f"{value:5.1f}" for value in scores["matrix"][one].values())]))
-    return "\n".join([*lines, f"average of the pairs {scores['average']:.2f}"])
+    interval = format_interval(scores["intervals"]["average"])
+    return "\n".join([*lines, f"average of the pairs {scores['average']:.2f}{interval}"])

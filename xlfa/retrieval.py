@@ -30,6 +30,8 @@ from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError
 from xlfa.files import writable_folder, write_text
 from xlfa.inference import InferenceOptions, infer
+from xlfa.languages import FAMILIES
+from xlfa.statistics import CONFIDENCE, Clusters, Counts, Table, bootstrap, number_of_draws
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +45,14 @@ CONFIGS = {
         "zh:cmn".split()
     )
 }
+DIRECTIONS = ("to_english", "from_english")
+# Layer → sentences x directions: whether the nearest sentence is the translation.
+Hits = dict[str, np.ndarray]
+AVERAGE = "average"
 FUSED = "fused"
 RETRIEVAL_FILE = "retrieval.json"
+# Version 1 had no intervals of means, and no families.
+SCHEMA_VERSION = 2
 DESCRIPTION = "Sentence retrieval (Tatoeba) by the mean-pooled states of every layer and of the fused ones."
 EXAMPLES = """examples:
   xlfa retrieval --model runs/xnli-dlfa --languages de ru
@@ -112,7 +120,7 @@ def score_retrieval(arguments: RetrievalArguments) -> dict[str, Any]:
     model, tokenizer = load_states_model(arguments.model)
     check_length("max_length", arguments.max_length, model)
     options = InferenceOptions.of(arguments, model.device)
-    by_language = {}
+    hits = {}
     for language in tqdm(languages, desc="languages"):
         rows = load_pairs(language, arguments.data_root)
         rows = rows.select(range(min(len(rows), arguments.max_examples or len(rows))))
@@ -120,15 +128,14 @@ def score_retrieval(arguments: RetrievalArguments) -> dict[str, Any]:
             embed_sentences(model, tokenizer, rows[column][:], options, arguments.max_length, description=language)
             for column in COLUMNS
         ]
-        by_language[language] = {"pairs": len(rows), "layers": precision_by_layer(*sides)}
+        hits[language] = hits_by_layer(*sides)
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "dataset": DATASET,
         "split": SPLIT,
         "model_type": model.config.text_config.model_type,
         "fusion": model.config.fusion,
-        "languages": by_language,
-        "average": average_by_layer(by_language),
+        **summarise_hits(hits),
         "settings": {"max_examples": arguments.max_examples, "max_length": arguments.max_length, **vars(options)},
         "versions": versions(),
     }
@@ -193,43 +200,100 @@ def embed_sentences(
     return dict(zip(names, torch.from_numpy(np.stack(vectors, axis=1))))
 
 
-def precision_by_layer(
-    foreign: dict[str, torch.Tensor], english: dict[str, torch.Tensor]
-) -> dict[str, dict[str, float | list[float]]]:
-    """P@1 in per cent by layer: `to_english`, `from_english`, each with its Wilson 95 % interval, and their mean."""
-    scores = {}
+def hits_by_layer(foreign: dict[str, torch.Tensor], english: dict[str, torch.Tensor]) -> Hits:
+    """Of the vectors by layer of a language's sentences and of their translations."""
+    hits = {}
     for name in foreign:
         similarity = foreign[name] @ english[name].T
         wanted = torch.arange(len(similarity))
-        found = {}
-        for direction, axis in (("to_english", 1), ("from_english", 0)):
-            hits = int((similarity.argmax(axis) == wanted).sum())
-            interval = binomtest(hits, len(wanted)).proportion_ci(method="wilson")
-            found[direction] = 100 * hits / len(wanted)
-            found[f"{direction}_interval"] = [100 * interval.low, 100 * interval.high]
-        scores[name] = {**found, "mean": (found["to_english"] + found["from_english"]) / 2}
+        hits[name] = torch.stack([similarity.argmax(axis) == wanted for axis in (1, 0)], dim=-1).numpy()
+    return hits
+
+
+def summarise_hits(hits: dict[str, Hits]) -> dict[str, Any]:
+    """P@1 in per cent by layer: `languages`, `average`, `families` and `bootstrap` of `retrieval.json`.
+
+    `mean` is that of both directions, and its interval is by bootstrap over the sentences, drawn for each language
+    apart: a drawn sentence brings its hits both ways and in all layers. Those of a direction are Wilson's.
+    """
+    sizes = {code: len(next(iter(own.values()))) for code, own in hits.items()}
+
+    def means_of_directions(sums: Counts) -> Table:
+        languages = {
+            code: {layer: {"mean": 100 * total[..., 0] / sizes[code]} for layer, total in own.items()}
+            for code, own in sums.items()
+        }
+        return with_means(languages)
+
+    rows = with_means({code: precision_by_layer(own) for code, own in hits.items()})
+    counts: Counts = {
+        code: {layer: found.mean(1, keepdims=True) for layer, found in own.items()} for code, own in hits.items()
+    }
+    clusters: Clusters = {code: list(range(size)) for code, size in sizes.items()}
+    _, intervals, _ = bootstrap(means_of_directions, counts, clusters)
+    for name, layers in rows.items():
+        for layer, scores in layers.items():
+            scores["mean_interval"] = intervals[name][layer]["mean"]
+            if name in hits:
+                scores |= wilson_intervals(hits[name][layer])
+    return {
+        "languages": {code: {"pairs": size, "layers": rows[code]} for code, size in sizes.items()},
+        AVERAGE: rows[AVERAGE],
+        "families": {name: layers for name, layers in rows.items() if name not in hits and name != AVERAGE},
+        "bootstrap": {"confidence": CONFIDENCE, "draws": number_of_draws(clusters)},
+    }
+
+
+def precision_by_layer(hits: Hits) -> dict[str, dict[str, float]]:
+    """P@1 in per cent by layer: `to_english`, `from_english`, and their `mean`."""
+    scores = {}
+    for layer, found in hits.items():
+        both = (100 * found.sum(0) / len(found)).tolist()
+        scores[layer] = {**dict(zip(DIRECTIONS, both)), "mean": sum(both) / len(both)}
     return scores
 
 
-def average_by_layer(languages: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Means over the languages by layer."""
-    names = ("to_english", "from_english", "mean")
-    first = next(iter(languages.values()))["layers"]
+def wilson_intervals(found: np.ndarray) -> dict[str, list[float]]:
+    """Of P@1 in per cent in each direction, at `CONFIDENCE`; `found` is a layer of `Hits`."""
+    intervals = {}
+    for direction, hits in zip(DIRECTIONS, found.sum(0).tolist()):
+        interval = binomtest(hits, len(found)).proportion_ci(CONFIDENCE, method="wilson")
+        intervals[f"{direction}_interval"] = [100 * interval.low, 100 * interval.high]
+    return intervals
+
+
+def with_means(languages: Table) -> Table:
+    """Language → layer → name → score, then the same of their `average` and of the mean of each language family."""
+    families: dict[str, list[str]] = {}
+    for code in languages:
+        families.setdefault(FAMILIES[code], []).append(code)
+    groups = {AVERAGE: list(languages), **dict(sorted(families.items()))}
+    return languages | {name: average_by_layer([languages[code] for code in codes]) for name, codes in groups.items()}
+
+
+def average_by_layer(tables: list[Table]) -> Table:
+    """Mean of tables of layer → name → score."""
     return {
-        layer: {
-            name: sum(each["layers"][layer][name] for each in languages.values()) / len(languages) for name in names
-        }
-        for layer in first
+        layer: {name: sum(table[layer][name] for table in tables) / len(tables) for name in scores}
+        for layer, scores in tables[0].items()
     }
 
 
 def format_table(scores: dict[str, Any]) -> str:
-    """Mean P@1 of both directions, a line a layer and a column a language."""
+    """Mean P@1 of both directions, a line a layer and a column a language, and the average with its interval."""
     languages, average = scores["languages"], scores["average"]
     lines = [f"{scores['dataset']}: P@1, mean of both directions, by layer"]
     lines.append(" ".join(f"{name:>7}" for name in ("layer", *languages, "average")))
     for layer in average:
         values = [each["layers"][layer]["mean"] for each in languages.values()] + [average[layer]["mean"]]
-        lines.append(" ".join([f"{layer:>7}", *(f"{value:7.1f}" for value in values)]))
+        cells = " ".join([f"{layer:>7}", *(f"{value:7.1f}" for value in values)])
+        lines.append(cells + format_interval(average[layer]["mean_interval"]))
     best = max(average, key=lambda layer: average[layer]["mean"])
-    return "\n".join([*lines, f"best on average: layer {best}, {average[best]['mean']:.1f}"])
+    lines.append(f"best on average: layer {best}, {average[best]['mean']:.1f}")
+    lines.append(f"[low, high]: {scores['bootstrap']['confidence']:.0%} interval by bootstrap over sentences")
+    return "\n".join(lines)
+
+
+def format_interval(interval: list[float] | None) -> str:
+    """` [low, high]`, behind a score; nothing where there is none."""
+    return "" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]"
