@@ -8,9 +8,8 @@ side with examples and pairs in one call of the encoder, padded to the longer of
 
 peers: examples a second of one pass over the same examples in the same batches. "peers" is transformers' Trainer as
 run_xnli and run_qa set it up: every input padded to the longest length (128, 384), float32. "ours" is `XLFATrainer` as
-`train_xlfa.py` sets it up: padded to the batch, in parts of --max_tokens_per_batch, and with its flag --bf16 true where
-the machine has bfloat16 in hardware. Neither has dropout, fusion or transport, so that the losses of both can be
-compared step by step.
+`train_xlfa.py` sets it up: padded to the batch, in parts of --max_tokens_per_batch, matrix products in bfloat16 where
+the machine has them. Neither has dropout, fusion or transport, so that the losses of both can be compared step by step.
 """
 
 import argparse
@@ -42,9 +41,9 @@ from modeling_xlfa.outputs_xlfa import XLFAModelOutput
 from xlfa.arguments import XLFATrainingArguments
 from xlfa.backbones import resolve_encoder
 from xlfa.batching import GlobalBatches
+from xlfa.environment import has_fast_bf16
 from xlfa.errors import exit_with_message
 from xlfa.files import write_text
-from xlfa.inference import has_fast_bf16
 from xlfa.parallel import PairSampler, load_parallel
 from xlfa.tasks import Task, get_task
 from xlfa.trainer import XLFATrainer

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from xlfa.arguments import XLFATrainingArguments
 from xlfa.errors import XLFAError
 from xlfa.tasks.sequence_classification import SequenceClassificationTask
 from xlfa.trainer import XLFATrainer
@@ -99,6 +100,14 @@ def test_a_gain_below_the_threshold_is_none(tiny_encoder, tmp_path, scored):
     flags = ["--early_stopping_patience", "2", "--early_stopping_threshold", "1"]
     train(tiny_encoder, tmp_path, *BEST, "--max_steps", "9", *flags)
     assert state_of(tmp_path)["global_step"] == 3
+
+
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_bfloat16_is_the_default_where_the_processor_multiplies_it(tmp_path, monkeypatch, in_hardware):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": in_hardware})
+    assert XLFATrainingArguments(str(tmp_path), use_cpu=True).bf16 is in_hardware
+    for given in (True, False):
+        assert XLFATrainingArguments(str(tmp_path), use_cpu=True, bf16=given).bf16 is given
 
 
 @pytest.mark.parametrize(

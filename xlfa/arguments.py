@@ -16,6 +16,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from modeling_xlfa.configuration_xlfa import CHOICES
+from xlfa.environment import has_fast_bf16
 from xlfa.errors import XLFAError
 from xlfa.tasks import TASKS, get_task
 
@@ -218,6 +219,9 @@ class XLFATrainingArguments(TrainingArguments):
         "--ot_center sees stays whole."
     )
 
+    bf16: bool | None = option(
+        "Matrix products in bfloat16; by default on a CPU that has them in hardware, on a GPU only where it is told."
+    )
     ot_gradient_steps: int | None = option(
         "Log every so many steps how large the transport term's gradient is beside the task's; costs one more pass."
     )
@@ -225,6 +229,8 @@ class XLFATrainingArguments(TrainingArguments):
     def __post_init__(self):
         # transformers refuses --bf16 on a machine without an accelerator unless it is told that there is none.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = self.use_cpu and not self.fp16 and has_fast_bf16(torch.device("cpu"))
         super().__post_init__()
         for name in ("max_tokens_per_batch", "ot_gradient_steps"):
             check_positive(name, getattr(self, name))

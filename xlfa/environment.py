@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers.utils import is_torch_bf16_gpu_available
 
 import xlfa
 
@@ -27,6 +28,14 @@ VARIABLES = (
 def describe_threads() -> str:
     """One line: how many threads torch computes with."""
     return f"{torch.get_num_threads()} threads on {torch.backends.cpu.get_cpu_capability()}"
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type == "cuda" and is_torch_bf16_gpu_available()
 
 
 def versions() -> dict[str, str]:

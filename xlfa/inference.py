@@ -17,9 +17,10 @@ from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import ModelOutput, is_torch_bf16_gpu_available
+from transformers.utils import ModelOutput
 
 from xlfa.arguments import InferenceArguments
+from xlfa.environment import has_fast_bf16
 from xlfa.errors import XLFAError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -44,14 +45,6 @@ class InferenceOptions:
         """What the arguments say; what they leave open by the device."""
         tokens = arguments.max_tokens_per_batch or (TOKENS_ON_CPU if device.type == "cpu" else TOKENS_ELSEWHERE)
         return cls(tokens, has_fast_bf16(device) if arguments.bf16 is None else arguments.bf16)
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return device.type == "cuda" and is_torch_bf16_gpu_available()
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
