@@ -380,6 +380,7 @@ def test_a_download_is_complete_or_fails(hub, downloads, faulty_home, name):
 
 
 def test_a_wrong_etag_only_names_the_blob(downloads, faulty_home):
+    """A limit of what is read from the Hub, by xlfa too: nothing tells a file from another one of its length."""
     assert (faulty_home / "hub" / "models--org--wrong-etag" / "blobs" / ("0" * 40)).read_bytes() == WEIGHTS
 
 

@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase, XLM
 from xlfa.checkpoints import is_out_of_space
 from xlfa.errors import XLFAError
 from xlfa.files import building_folder
+from xlfa.hub_errors import naming_read_errors
 
 PREFIX = "packaged:"
 MULTILINGUAL_E5_SMALL = "multilingual-e5-small"
@@ -72,16 +73,18 @@ def cache_dir() -> Path:
 @contextmanager
 def naming_model(name: str) -> Iterator[None]:
     """Turn what transformers raises for a model that cannot be built into an `XLFAError` that names `--model`."""
+    place = f"--model {name}"
     try:
-        yield
+        with naming_read_errors(place, name, "no such encoder on the Hub or as a folder"):
+            yield
     except XLFAError:
         raise
     except OSError as error:
         if is_out_of_space(error):
             raise
-        raise XLFAError(f"--model {name}: no such encoder on the Hub or as a folder ({error})") from None
+        raise XLFAError(f"{place}: cannot load it ({error})") from None
     except (ValueError, ImportError, SafetensorError) as error:
-        raise XLFAError(f"--model {name}: {error}") from None
+        raise XLFAError(f"{place}: {error}") from None
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

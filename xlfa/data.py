@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, get_dataset_config_names, get_dataset_split_names, load_dataset
 from datasets.config import HF_DATASETS_CACHE
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.errors import HTTPError
 
 from xlfa.errors import XLFAError
+from xlfa.hub_errors import naming_read_errors
 
 logger = logging.getLogger(__name__)
 
@@ -55,22 +57,17 @@ def load_rows(
         columns: names that must be there.
 
     Raises:
-        XLFAError: if the data set, the configuration, the split or a column does not exist, or the split is empty.
+        XLFAError: if the data set, the configuration, the split or a column does not exist, or the split is empty; also
+            where the Hub does not give it.
     """
     location = dataset_location(dataset, data_root)
     place = f"{dataset} ({config or 'default'}, {split})"
     cache_dir = None if data_root is None else folder_cache(Path(location))
     try:
-        rows = load_dataset(location, config, split=split, cache_dir=cache_dir)
-    except DatasetNotFoundError:
-        raise XLFAError(
-            f"no data set {dataset!r} on the Hub, or no access to it: check the id, log in with `hf auth login` where "
-            "it is gated, or name a local mirror with --data_root"
-        ) from None
-    except ConnectionError as error:
-        raise XLFAError(
-            f"the data set {dataset!r} cannot be reached ({error}): name a local mirror with --data_root"
-        ) from None
+        with naming_read_errors(f"the data set {dataset!r}", location, "there is none on the Hub", "dataset"):
+            rows = load_dataset(location, config, split=split, cache_dir=cache_dir)
+    except XLFAError as error:
+        raise XLFAError(f"{error}; or name a local mirror of it with --data_root") from None
     except RuntimeError as error:
         if "Dataset scripts are no longer supported" not in str(error):
             raise
@@ -155,7 +152,7 @@ def _names(read: Callable[..., list[str]], *arguments: str | None) -> list[str] 
     """What datasets tells of configurations or splits; None where it cannot tell."""
     try:
         return read(*arguments)
-    except (ValueError, FileNotFoundError, ConnectionError):
+    except (ValueError, FileNotFoundError, ConnectionError, HTTPError):
         return None
 
 

@@ -27,6 +27,7 @@ from xlfa.encoding import check_length
 from xlfa.environment import describe_threads, versions
 from xlfa.errors import XLFAError, exit_with_message
 from xlfa.files import writable_folder
+from xlfa.hub_errors import naming_read_errors
 from xlfa.inference import InferenceOptions, on_main_process, prefetched
 from xlfa.prediction import predict
 from xlfa.resuming import begin, finish, model_origin, writing_alone
@@ -255,15 +256,28 @@ def load_model(
         flag: that the model was given by, for the errors.
 
     Raises:
-        XLFAError: for a folder that is no XLFA model, an unknown Hub id, a model with another head, or one without
-            tokenizer files.
+        XLFAError: for a folder that is no XLFA model, an unknown Hub id, a Hub that fails, a model with another head,
+            or one without tokenizer files.
     """
+    place = f"--{flag} {name_or_path}"
     if os.path.isdir(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
-        raise XLFAError(f"--{flag} {name_or_path}: the folder holds no trained model (it has no config.json)")
+        raise XLFAError(f"{place}: the folder holds no trained model (it has no config.json)")
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise XLFAError(f"--{flag} {name_or_path}: no model there ({error})") from None
+        with naming_read_errors(place, name_or_path, "no model there"):
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+            check_model(task, name_or_path, config, flag)
+            tokenizer = load_tokenizer(name_or_path)
+            if is_adapter(name_or_path):
+                return load_adapter(task.model_class, name_or_path).merge_and_unload(), tokenizer
+            return task.model_class.from_pretrained(name_or_path, config=config, use_safetensors=True), tokenizer
+    except XLFAError:
+        raise
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise XLFAError(f"{place}: cannot load it ({error})") from None
+
+
+def check_model(task: Task, name_or_path: str, config: PretrainedConfig, flag: str) -> None:
+    """Raise `XLFAError` if it is no XLFA model, or has another head or other labels than the task."""
     if config.model_type != "xlfa":
         raise XLFAError(f"--{flag} {name_or_path}: a {config.model_type!r} model, not an XLFA one: train it first")
     head = task.model_class.__name__
@@ -273,13 +287,6 @@ def load_model(
             f"{task.name!r} needs {head}"
         )
     check_labels(task, name_or_path, config, flag)
-    try:
-        tokenizer = load_tokenizer(name_or_path)
-        if is_adapter(name_or_path):
-            return load_adapter(task.model_class, name_or_path).merge_and_unload(), tokenizer
-        return task.model_class.from_pretrained(name_or_path, config=config, use_safetensors=True), tokenizer
-    except (OSError, ValueError, SafetensorError) as error:
-        raise XLFAError(f"--{flag} {name_or_path}: cannot load it ({error})") from None
 
 
 def check_labels(task: Task, name_or_path: str, config: PretrainedConfig, flag: str) -> None:

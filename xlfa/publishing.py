@@ -25,7 +25,6 @@ from huggingface_hub import (
     eval_result_entries_to_yaml,
     get_token,
 )
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
@@ -39,6 +38,7 @@ from modeling_xlfa.configuration_xlfa import AUTO_MAP
 from xlfa.card import TrainedRun, eval_result_entries, looks_local, render_card, score_table
 from xlfa.errors import XLFAError
 from xlfa.files import building_folder
+from xlfa.hub_errors import naming_push_errors
 from xlfa.run_file import RUN_FILE, is_finished, weights_digest
 from xlfa.scores import SCHEMA_VERSION, SCORES_FILE
 from xlfa.tasks import TASKS
@@ -57,7 +57,6 @@ CODE_FIELDS = ("auto_map", "custom_pipelines")
 OWNED = re.compile(r"(\.eval_results/[^/]+\.yaml|scores/[^/]+/scores\.json)")
 DEFAULT_REVISION = "main"
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-RETRY = "push again: what has arrived is not sent twice, and all of it ends in one commit"
 
 EPILOG = """example:
   xlfa push runs/xquad org/xquad-dlfa --revision-tag v1
@@ -127,7 +126,7 @@ def push(
     # Beside the run, so that the weights can be linked and need no copy.
     with staging_folder(trained.folder) as folder:
         stage(trained, folder, repo_id, revision_tag or DEFAULT_REVISION)
-        with naming_hub_errors(repo_id):
+        with naming_push_errors(repo_id):
             return upload(folder, repo_id, private, revision_tag, create_pr)
 
 
@@ -493,43 +492,3 @@ def has_files(api: HfApi, repo_id: str, revision: str, files: dict[str, Path]) -
         if not same:
             return False
     return True
-
-
-@contextmanager
-def naming_hub_errors(repo_id: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into an `XLFAError` that names cause and remedy, and never the token."""
-    try:
-        yield
-    except XLFAError:
-        raise
-    except OfflineModeIsEnabled:
-        raise XLFAError("cannot push: HF_HUB_OFFLINE is set; unset it") from None
-    except HfHubHTTPError as error:
-        raise XLFAError(describe_refusal(error, repo_id)) from None
-    except (HTTPError, OSError, RuntimeError) as error:
-        # What hf_xet raises while weights are sent is of built-in classes; its messages may hold signed addresses.
-        raise XLFAError(f"the connection to the Hub broke ({type(error).__name__}): {RETRY}") from None
-    except ValueError as error:
-        raise XLFAError(f"the Hub does not take the card of {repo_id}: {error}") from None
-
-
-def describe_refusal(error: HfHubHTTPError, repo_id: str) -> str:
-    """The cause of an HTTP error, and what to do about it."""
-    status = error.response.status_code
-    if status == 401:
-        return (
-            f"the Hub does not accept the token for {repo_id} (401): log in again with `hf auth login`, or set "
-            "HF_TOKEN to one with write access"
-        )
-    if status == 403:
-        return (
-            f"this token may not write to {repo_id} (403): take one with write access to that namespace, push to "
-            "another one, or open a pull request with --create-pr"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return f"no repo {repo_id} on the Hub that this token may see ({status}): check the name"
-    if status in (409, 412):
-        return f"another commit is being made to {repo_id} ({status}): wait for it, then {RETRY}"
-    if status == 429 or status >= 500:
-        return f"the Hub is not available ({status}): wait a while, then {RETRY}"
-    return f"the Hub refused the push to {repo_id} ({status}): {error.server_message or 'no reason given'}"
