@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from app_models import question_model
+from huggingface_hub import constants
 
 from xlfa.app.commands import _check, _is_loopback, _load_question_model, _parser, main
 from xlfa.errors import XLFAError
@@ -79,6 +80,28 @@ def test_loopback():
         *[True] * 3,
         *[False] * 3,
     ]
+
+
+@pytest.mark.offline
+def test_the_packaged_backbone_is_loaded_without_a_network(monkeypatch):
+    """`xlfa app` up to the serving, also where nothing says that there is no network."""
+    gradio = pytest.importorskip("gradio")
+    asked, served = [], []
+
+    def refuse(*address, **kind):
+        asked.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("xlfa.app.page.serve", lambda page, host, port: served.append((page, host, port)))
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda page: None)
+    port = free_port()
+    main(["--port", str(port)])
+    [(page, *place)] = served
+    assert place == ["127.0.0.1", port] and not asked
+    assert {"align-tab", "ask-tab", "compare-tab"} <= {block.elem_id for block in page.blocks.values()}
 
 
 def test_a_model_that_was_trained_to_answer_answers(parse, tiny_encoder, tmp_path):

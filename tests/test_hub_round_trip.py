@@ -9,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY
 from hub.loopback_hub import LoopbackHub
+from transformers import AutoTokenizer
 
+from modeling_xlfa import XLFAForTokenClassification
 from xlfa.data import SAMPLE_ROOT
 from xlfa.errors import XLFAError
+from xlfa.tasks import get_task
 from xlfa.training import main
 
 ENCODER, DATASET, MODEL = "lab/tiny-encoder", "facebook/xnli", "lab/xlfa-tiny-xnli"
@@ -32,12 +36,12 @@ with torch.no_grad():
     print("LOGITS", XLFAForSequenceClassification.from_pretrained(run)(**inputs).logits[0].tolist())
 """
 
-# Only torch and transformers can be imported.
+# Only torch and transformers can be imported. Of the folders that are given, pipelines are made.
 LOAD = """
 import importlib.util, sys
 assert importlib.util.find_spec("modeling_xlfa") is None and importlib.util.find_spec("xlfa") is None
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+import json, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 name = sys.argv[1]
 model = AutoModelForSequenceClassification.from_pretrained(name, revision="v1", trust_remote_code=True, ot_epsilon=0.3)
 assert model.config.ot_epsilon == 0.3
@@ -45,6 +49,15 @@ tokenizer = AutoTokenizer.from_pretrained(name, revision="v1", trust_remote_code
 inputs = tokenizer(*sys.argv[2:4], return_tensors="pt")
 with torch.no_grad():
     print("LOGITS", model(**inputs).logits[0].tolist())
+if sys.argv[4:]:
+    classify, tag = (
+        pipeline(kind, model=folder, trust_remote_code=True)
+        for kind, folder in zip(("text-classification", "token-classification"), sys.argv[4:])
+    )
+    assert type(classify.model).__module__.startswith("transformers_modules.")
+    classes = classify({"text": sys.argv[2], "text_pair": sys.argv[3]}, top_k=None)
+    print("CLASSES", json.dumps({each["label"]: each["score"] for each in classes}))
+    print("TAGS", json.dumps([[each["entity"], float(each["score"])] for each in tag(sys.argv[2])]))
 """
 
 
@@ -54,9 +67,9 @@ def run_client(command, environment, folder):
     return done.stdout + done.stderr
 
 
-def logits_in(output):
-    (line,) = [line for line in output.splitlines() if line.startswith("LOGITS ")]
-    return json.loads(line.removeprefix("LOGITS "))
+def found_in(output, name):
+    (line,) = [line for line in output.splitlines() if line.startswith(f"{name} ")]
+    return json.loads(line.removeprefix(f"{name} "))
 
 
 def files_below(folder):
@@ -70,6 +83,20 @@ def hub(tiny_encoder):
         hub.add_repo(ENCODER, files_below(Path(tiny_encoder)))
         hub.add_repo(DATASET, files_below(SAMPLE_ROOT / DATASET), repo_type="dataset")
         yield hub
+
+
+@pytest.fixture
+def tagger(tiny_encoder, tmp_path):
+    """A folder with a model and its tokenizer, and what they give to the first text: a tag and its probability each."""
+    model = XLFAForTokenClassification.from_encoder(tiny_encoder, num_labels=3).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "tagger")
+    inputs = tokenizer(TEXTS[0], return_tensors="pt", return_special_tokens_mask=True)
+    is_special = inputs.pop("special_tokens_mask")[0].bool()
+    with torch.no_grad():
+        probability, label = model(**inputs).logits[0, ~is_special].softmax(-1).max(-1)
+    return tmp_path / "tagger", [model.config.id2label[number] for number in label.tolist()], probability.tolist()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +118,7 @@ def test_what_publishing_lacks_is_said_before_the_training(tiny_encoder, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_trained_from_hub_ids_is_published_and_comes_back_the_same(hub, tmp_path):
+def test_a_model_trained_from_hub_ids_is_published_and_comes_back_the_same(hub, tagger, tmp_path):
     home, work = tmp_path / "home", tmp_path / "work"
     work.mkdir()
     environment = hub.client_environment(home)
@@ -103,21 +130,27 @@ def test_a_model_trained_from_hub_ids_is_published_and_comes_back_the_same(hub, 
     # Scoring fewer languages into this folder would be refused.
     shutil.rmtree(work / "run" / "scores")
     logs += run_client([sys.executable, "-c", SCORE_AND_PUSH, "run", MODEL, *TEXTS], environment, work)
-    logits = logits_in(logs)
+    logits = found_in(logs, "LOGITS")
     scores = json.loads((work / "run" / "scores" / "xnli" / "scores.json").read_text())
     # With the tag in its card, and the scores of two languages, it is another publication.
     assert len(hub.commits(MODEL)) == 3 and list(hub.tags(MODEL)) == ["v1"]
 
+    shutil.copytree(work / "run", tmp_path / "classifier")
     shutil.rmtree(work)
     shutil.rmtree(home)
     work.mkdir()
     site = next(path for path in sys.path if path.endswith("site-packages"))
     clean = {name: value for name, value in hub.client_environment(home, token=False).items() if name != "PYTHONPATH"}
     clean |= {"PYTHONPATH": site}
-    # Once over the network, then from the cache alone.
-    for extra in ({}, {"HF_HUB_OFFLINE": "1"}):
-        output = run_client([sys.executable, "-S", "-c", LOAD, MODEL, *TEXTS], clean | extra, work)
-        np.testing.assert_allclose(logits_in(output), logits, atol=1e-6)
+    folder, tags, tag_scores = tagger
+    # Once over the network, then from the cache and from folders alone.
+    for extra, folders in (({}, []), ({"HF_HUB_OFFLINE": "1"}, [str(tmp_path / "classifier"), str(folder)])):
+        output = run_client([sys.executable, "-S", "-c", LOAD, MODEL, *TEXTS, *folders], clean | extra, work)
+        np.testing.assert_allclose(found_in(output, "LOGITS"), logits, atol=1e-6)
+    classes, probabilities = found_in(output, "CLASSES"), torch.tensor(logits).softmax(0).tolist()
+    assert classes == pytest.approx(dict(zip(get_task("xnli").label_names, probabilities)), abs=1e-5)
+    assert [tag for tag, _ in found_in(output, "TAGS")] == tags
+    assert [score for _, score in found_in(output, "TAGS")] == pytest.approx(tag_scores, abs=1e-5)
 
     evaluate = [sys.executable, str(REPOSITORY / "eval_xlfa.py"), "--model", MODEL, "--task", "xnli"]
     logs += run_client([*evaluate, "--languages", "de", "en"], environment, work)

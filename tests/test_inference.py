@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from datasets import Dataset
 from transformers import AutoTokenizer
 
@@ -99,9 +101,10 @@ def test_only_the_fused_layers_states_are_kept(tiny_encoder):
     assert [layer for layer, states in enumerate(kept[0]) if states is not None] == [2]
 
 
-# Prints, from the first process, the logits of an odd number of inputs and the predictions of both tasks.
+# Prints, from the first process, the logits of an odd number of inputs and the predictions of both tasks; then runs
+# eval_xlfa.py, into a folder beside the models.
 PROCESS = """
-import json, sys
+import json, runpy, sys
 from transformers import AutoTokenizer
 from accelerate import PartialState
 from modeling_xlfa import XLFAForQuestionAnswering, XLFAForSequenceClassification
@@ -126,12 +129,16 @@ for name, head, folder in [
     }
 if state.is_main_process:
     print("FOUND", json.dumps(found))
+for name, folder in zip(found, sys.argv[1:3]):
+    sys.argv[1:] = f"--model {folder} --task {name} --data_root sample --languages de en --bf16 false".split()
+    sys.argv += f"--max_tokens_per_batch 700 --output_dir {folder}-{state.num_processes}".split()
+    runpy.run_path(%r, run_name="__main__")
 """
 
 
 @pytest.fixture
 def process_arguments(tiny_encoder, tmp_path):
-    (tmp_path / "process.py").write_text(PROCESS)
+    (tmp_path / "process.py").write_text(PROCESS % str(REPOSITORY / "eval_xlfa.py"))
     folders = [str(tmp_path / "xnli"), str(tmp_path / "xquad")]
     for folder, head, labels in zip(folders, (XLFAForSequenceClassification, XLFAForQuestionAnswering), (3, 2)):
         head.from_encoder(tiny_encoder, num_labels=labels).save_pretrained(folder)
@@ -163,3 +170,22 @@ def test_two_processes_score_every_input_once_as_one_process_does(process_argume
             assert shared["score"] == pytest.approx(row["score"], abs=1e-5)
     task = get_task("xnli")
     assert task.label_names.index(one["xnli"]["predictions"][0]["prediction"]) == np.argmax(one["xnli"]["logits"][0])
+    for folder in process_arguments[1:]:
+        assert_same_scores(Path(f"{folder}-1"), Path(f"{folder}-2"))
+
+
+def assert_same_scores(one, two):
+    """What eval_xlfa.py wrote in one process and in two: a row for every example, and the same scores of them."""
+    alone, shared = (json.loads((folder / "scores.json").read_text()) for folder in (one, two))
+    assert (alone["settings"].pop("processes"), shared["settings"].pop("processes")) == (1, 2)
+    assert alone == shared and set(alone["languages"]) == {"de", "en"}
+    for language in ("de", "en"):
+        rows, others = (
+            [json.loads(line) for line in (folder / "predictions" / f"{language}.jsonl").read_text().splitlines()]
+            for folder in (one, two)
+        )
+        assert [row["id"] for row in rows] == alone["ids"]
+        for row, other in zip(rows, others, strict=True):
+            assert {**row, "score": 0} == {**other, "score": 0}
+            assert other["score"] == pytest.approx(row["score"], abs=1e-4)
+    assert sorted(path.name for path in two.iterdir()) == ["predictions", "scores.json", "scores.png"]

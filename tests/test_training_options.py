@@ -1,6 +1,7 @@
 """The options of training that researchers rely on, each seen in what a run does."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,18 @@ def test_gradient_checkpointing_gives_the_same_weights(tiny_encoder, tmp_path, m
     found = train(tiny_encoder, tmp_path / "checkpointing", *flags, "--gradient_checkpointing", "true")
     assert seen == [False] * 3 + [True] * 3
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler, which torch.compile needs")
+def test_a_compiled_model_gets_the_same_weights(tiny_encoder, tmp_path):
+    """With fusion and parallel pairs."""
+    flags = ["--max_steps", "2", "--bf16", "false", "--classifier_dropout", "0", *NO_DROPOUT, *ALIGNED]
+    expected = train(tiny_encoder, tmp_path / "plain", *flags)
+    compiled_before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found = train(tiny_encoder, tmp_path / "compiled", *flags, "--torch_compile", "true")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > compiled_before
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_tensorboard_gets_losses_scores_and_settings(tiny_encoder, tmp_path):
