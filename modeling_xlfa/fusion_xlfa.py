@@ -27,9 +27,17 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor, update_statistics: bool = True) -> torch.Tensor:
+        if self.training:
+            return self._forward_in_training(states, mask, update_statistics)
+        return self._normalise(states, self.running_mean, self.running_var)
+
+    # Not compiled: a compiled graph keeps the running statistics themselves for its backward pass, and the next forward
+    # pass changes them in place, as the task batch's does after that of the alignment sequences.
+    @torch.compiler.disable
+    def _forward_in_training(self, states: torch.Tensor, mask: torch.Tensor, update_statistics: bool) -> torch.Tensor:
         values = states.to(torch.promote_types(states.dtype, torch.float32))
         mean, variance = self.running_mean.to(values.dtype), self.running_var.to(values.dtype)
-        if self.training and update_statistics:
+        if update_statistics:
             weights = mask.unsqueeze(-1).to(values.dtype)
             sums = _sum_over_processes(torch.cat([(values * weights).sum(dim=(0, 1)), weights.sum().view(1)]))
             count = sums[-1]
@@ -45,7 +53,11 @@ class MaskedBatchNorm(nn.BatchNorm1d):
                 self.num_batches_tracked.add_(enough)
             mean = torch.where(enough, batch_mean, mean)
             variance = torch.where(enough, batch_variance, variance)
-        normalised = (values - mean) * torch.rsqrt(variance + self.eps)
+        return self._normalise(states, mean, variance)
+
+    def _normalise(self, states: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+        values = states.to(torch.promote_types(states.dtype, torch.float32))
+        normalised = (values - mean.to(values.dtype)) * torch.rsqrt(variance.to(values.dtype) + self.eps)
         return (normalised * self.weight + self.bias).to(states.dtype)
 
 

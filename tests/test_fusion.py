@@ -180,6 +180,20 @@ def test_alignment_sequences_use_running_statistics_and_leave_them_alone(states,
     assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, variance)
 
 
+def test_a_compiled_fusion_learns_after_two_forward_passes(states, mask):
+    """As alignment sequences and task batch of a step make them; the second updates what the first was normalised by."""
+    torch._dynamo.reset()
+    gradients = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        dlfa = DLFA(CHANNELS).double().train()
+        fuse = torch.compile(dlfa, backend="aot_eager") if compiled else dlfa
+        aligned, encoded = (fuse(states, states.flip(2), mask, update) for update in (False, True))
+        (aligned.square().mean() + encoded.square().mean()).backward()
+        gradients.append([parameter.grad for parameter in dlfa.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_single_value_a_channel_falls_back_to_the_running_statistics():
     dlfa = DLFA(CHANNELS).train()
     mask = torch.ones(1, 3, dtype=torch.long)

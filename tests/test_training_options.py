@@ -174,8 +174,10 @@ def test_gradient_checkpointing_gives_the_same_weights(tiny_encoder, tmp_path, m
 @pytest.mark.full
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler, which torch.compile needs")
 def test_a_compiled_model_gets_the_same_weights(tiny_encoder, tmp_path):
-    """With fusion and parallel pairs."""
-    flags = ["--max_steps", "2", "--bf16", "false", "--classifier_dropout", "0", *NO_DROPOUT, *ALIGNED]
+    """With fusion and parallel pairs. AdamW would make steps of the rounding, where a bias before a batch norm has no
+    gradient."""
+    sgd = ["--optim", "sgd", "--learning_rate", "0.1"]
+    flags = ["--max_steps", "2", "--bf16", "false", "--classifier_dropout", "0", *NO_DROPOUT, *ALIGNED, *sgd]
     expected = train(tiny_encoder, tmp_path / "plain", *flags)
     compiled_before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     found = train(tiny_encoder, tmp_path / "compiled", *flags, "--torch_compile", "true")

@@ -511,6 +511,8 @@ def _solve_pairs(
             target_potential[index, columns[j]] = (pair.gamma[j] + pair.column[j]) * epsilon[index]
 
 
+# torch.compile would trace into what numba has compiled.
+@torch.compiler.disable
 def solve_compiled(problem: TransportProblem) -> TransportResult:
     """Solve every pair of the batch on torch's number of threads; see `sinkhorn` in `transport_xlfa.py`.
 

@@ -15,7 +15,6 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
-    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
@@ -121,11 +120,9 @@ def _raised_in(error: BaseException) -> str:
 
 def _lacks_files(error: Exception) -> bool:
     """Whether it may come of files that were not there. What the system says of a file of ours has a number."""
-    text = str(error)
-    return (isinstance(error, OSError) and error.errno is None) or (
-        isinstance(error, ValueError)
-        and (isinstance(error.__cause__, LocalEntryNotFoundError) or "tokenizer" in text or "config.json" in text)
-    )
+    if isinstance(error, OSError):
+        return error.errno is None
+    return isinstance(error, ValueError) and ("tokenizer" in str(error) or "config.json" in str(error))
 
 
 def _is_hub_id(name: str) -> bool:
