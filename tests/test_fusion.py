@@ -181,7 +181,7 @@ def test_alignment_sequences_use_running_statistics_and_leave_them_alone(states,
 
 
 def test_a_compiled_fusion_learns_after_two_forward_passes(states, mask):
-    """As alignment sequences and task batch of a step make them; the second updates what the first was normalised by."""
+    """As a step's alignment sequences and task batch make them: the second updates what the first was normalised by."""
     torch._dynamo.reset()
     gradients = []
     for compiled in (False, True):

@@ -41,6 +41,7 @@ print('tokenizers', tokenizers.__version__, '· torch', torch.__version__)"
 
 check() {
     local version failed=0 home
+    echo "commit $(git describe --always --dirty)"
     echo "saved by $(describe .venv/bin/python)"
     for version in "${versions[@]}"; do
         echo
