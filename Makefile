@@ -21,8 +21,9 @@ quickstart: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(LAUNCH) train_xlfa.py configs/quickstart_xquad.yaml
 	HF_HUB_OFFLINE=1 $(LAUNCH) eval_xlfa.py --model runs/quickstart/xquad --task xquad --data_root sample
 
+# A process a core, which takes whole files, so that fixtures of a module are made once; more would run out of memory.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # What the default tests leave out, and the Triton kernel in Triton's interpreter (a package of a gigabyte).
 test-full: $(VENV)/.installed

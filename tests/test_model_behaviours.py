@@ -124,6 +124,7 @@ def test_the_older_name_of_checkpointing_works_too(bert_config):
 
 def assert_compiled_is_equal(config, backend):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = XLFAForSequenceClassification(config).eval()
     compiled = torch.compile(model, backend=backend, dynamic=True)
     with torch.no_grad():
@@ -132,7 +133,6 @@ def assert_compiled_is_equal(config, backend):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     # One graph for all three shapes.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    torch._dynamo.utils.counters.clear()
 
 
 def test_a_compiled_model_gives_the_same_logits_for_every_shape(bert_config):
