@@ -35,9 +35,9 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     # pass changes them in place, as the task batch's does after that of the alignment sequences.
     @torch.compiler.disable
     def _forward_in_training(self, states: torch.Tensor, mask: torch.Tensor, update_statistics: bool) -> torch.Tensor:
-        values = states.to(torch.promote_types(states.dtype, torch.float32))
-        mean, variance = self.running_mean.to(values.dtype), self.running_var.to(values.dtype)
+        mean, variance = self.running_mean, self.running_var
         if update_statistics:
+            values = states.to(torch.promote_types(states.dtype, torch.float32))
             weights = mask.unsqueeze(-1).to(values.dtype)
             sums = _sum_over_processes(torch.cat([(values * weights).sum(dim=(0, 1)), weights.sum().view(1)]))
             count = sums[-1]
