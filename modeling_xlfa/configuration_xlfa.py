@@ -235,10 +235,7 @@ class XLFAConfig(PretrainedConfig):
         if causal or self.text_config.is_encoder_decoder or getattr(self.text_config, "is_decoder", False):
             raise ValueError(f"text_config: {encoder!r} is not an encoder-only model")
         for config in (self, self.text_config):
-            # transformers would load the file of that name, whatever `use_safetensors` says.
-            weights = getattr(config, "transformers_weights", None)
-            if weights is not None and not str(weights).endswith(".safetensors"):
-                raise ValueError(f"transformers_weights={weights!r} is not allowed: it must be a .safetensors file")
+            check_weights_file(config)
         for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
                 self._reject(field, f"one of {', '.join(map(repr, allowed))}")
@@ -294,6 +291,16 @@ class XLFAConfig(PretrainedConfig):
 
     def _reject(self, field: str, allowed: str) -> None:
         raise ValueError(f"{field}={getattr(self, field)!r} is not allowed: it must be {allowed}")
+
+
+def check_weights_file(config: PretrainedConfig) -> None:
+    """Raise `ValueError` where a config names a file of weights that is not safetensors.
+
+    transformers would load the file of that name, whatever `use_safetensors` says.
+    """
+    weights = getattr(config, "transformers_weights", None)
+    if weights is not None and not str(weights).endswith(".safetensors"):
+        raise ValueError(f"transformers_weights={weights!r} is not allowed: it must be a .safetensors file")
 
 
 def _is_int(value) -> bool:

@@ -11,12 +11,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import ModelOutput
 
+from .configuration_xlfa import check_weights_file
+
 # In older versions a layer's hooks run within what is checkpointed, and are gone when it is computed again.
 HOOKS_ARE_CHECKPOINTED = "__call__" in vars(GradientCheckpointingLayer)
 
 
 def load_encoder(name_or_path: str, text_config: PretrainedConfig) -> PreTrainedModel:
-    """The pretrained encoder of that name in float32, without a pooler where its class has one."""
+    """The pretrained encoder of that name in float32, without a pooler where its class has one.
+
+    Raises:
+        ValueError: where its config names weights that are not safetensors.
+    """
+    check_weights_file(text_config)
     encoder_class = MODEL_MAPPING[type(text_config)]
     has_pooler = "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters
     options = {"add_pooling_layer": False} if has_pooler else {}

@@ -168,7 +168,7 @@ def test_weights_in_a_pickle_are_refused(models, run, tmp_path, marker, command,
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(("command", "kind"), [("train", "encoder"), ("align", "encoder"), ("eval", "xnli")])
+@pytest.mark.parametrize(("command", "kind"), READERS)
 def test_a_config_that_names_a_pickle_is_refused(models, run, tmp_path, marker, command, kind):
     """transformers would load that file, though it is told to read safetensors alone."""
     model = shutil.copytree(models[kind], tmp_path / "model")

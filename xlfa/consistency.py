@@ -22,9 +22,10 @@ from accelerate import PartialState
 from datasets import Dataset
 from scipy.special import softmax
 from tqdm.auto import tqdm
-from transformers import AutoModelForMaskedLM, BatchEncoding
+from transformers import AutoConfig, AutoModelForMaskedLM, BatchEncoding
 from transformers.utils import ModelOutput
 
+from modeling_xlfa.configuration_xlfa import check_weights_file
 from xlfa.arguments import InferenceArguments, check_positive, option, parse_arguments
 from xlfa.backbones import load_tokenizer, naming_model, resolve_encoder
 from xlfa.data import load_rows
@@ -194,8 +195,10 @@ class MaskedLMRanker:
     def __init__(self, arguments: ConsistencyArguments):
         source = resolve_encoder(arguments.model)
         with naming_model(arguments.model):
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            check_weights_file(config)
             self.model, loading = AutoModelForMaskedLM.from_pretrained(
-                source, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+                source, config=config, output_loading_info=True, trust_remote_code=False, use_safetensors=True
             )
             self.tokenizer = load_tokenizer(source)
         if loading["missing_keys"]:
