@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from modeling_xlfa import XLFAForSequenceClassification, XLFAModel
+from xlfa.adapters import add_adapters
+from xlfa.arguments import ModelArguments
 from xlfa.errors import XLFAError
 from xlfa.inference import InferenceOptions
 from xlfa.languages import FAMILIES
@@ -154,6 +157,26 @@ def test_vectors_are_means_over_tokens_in_the_order_of_the_sentences(trained):
 def test_a_plain_encoder_has_its_layers_and_no_fusion(tiny_encoder):
     model, _ = load_states_model(tiny_encoder)
     assert type(model) is XLFAModel and model.fusion is None
+
+
+def test_adapters_are_merged_into_the_encoder_that_they_name(tiny_encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    head = XLFAForSequenceClassification.from_encoder(tiny_encoder, num_labels=3)
+    adapted = add_adapters(head, ModelArguments(model="lab/encoder", peft="lora")).eval()
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    for part in (AutoTokenizer.from_pretrained(tiny_encoder), adapted.config, adapted):
+        part.save_pretrained("adapter")
+    shutil.copytree(tiny_encoder, "lab/encoder")
+    model, tokenizer = load_states_model("adapter")
+    inputs = tokenizer(SENTENCES[0], return_tensors="pt")
+    with torch.no_grad():
+        expected = adapted.get_base_model().base_model(**inputs).last_hidden_state
+        found = model(**inputs).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    plain, _ = load_states_model("lab/encoder")
+    assert (plain(**inputs).last_hidden_state - expected).abs().max() > 0.1
 
 
 def test_scores_are_written_for_every_layer_and_language(trained, data_root, capsys, tmp_path):

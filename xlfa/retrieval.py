@@ -21,7 +21,9 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+import modeling_xlfa
 from modeling_xlfa import XLFAModel
+from xlfa.adapters import is_adapter, load_adapter
 from xlfa.arguments import InferenceArguments, check_positive, option, parse_arguments
 from xlfa.backbones import load_tokenizer, naming_model, resolve_encoder
 from xlfa.data import load_rows
@@ -149,15 +151,22 @@ def load_pairs(language: str, data_root: str | None) -> Dataset:
 def load_states_model(name: str) -> tuple[XLFAModel, PreTrainedTokenizerBase]:
     """The encoder part of a trained XLFA model with its fusion, or a plain encoder, and its tokenizer.
 
+    Adapters are merged into the encoder that they name.
+
     Raises:
         XLFAError: where there is no such model, or none of its tokenizer.
     """
     source = resolve_encoder(name)
     with naming_model(name):
-        if AutoConfig.from_pretrained(source, trust_remote_code=False).model_type == "xlfa":
-            model = XLFAModel.from_pretrained(source, use_safetensors=True)
-        else:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if config.model_type != "xlfa":
             model = XLFAModel.from_encoder(source, fusion="none")
+        elif is_adapter(source):
+            # transformers would load the encoder that the adapters name, without them.
+            head = getattr(modeling_xlfa, config.architectures[0])
+            model = load_adapter(head, source).merge_and_unload().base_model
+        else:
+            model = XLFAModel.from_pretrained(source, use_safetensors=True)
         return model.to(PartialState().device), load_tokenizer(source)
 
 
