@@ -12,7 +12,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
     DistilBertConfig,
@@ -132,6 +132,17 @@ def tiny_encoder(tmp_path_factory):
     torch.manual_seed(0)
     transformers.BertModel(BertConfig(**SIZES, max_position_embeddings=512)).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def byte_level_tokenizer():
+    """Byte-level BPE, of other pieces after a space; it knows the words anna, lee, saw and rome."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<pad>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(["anna lee saw rome in the sun", "rome saw anna", "lee in rome"] * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
 
 
 @pytest.fixture

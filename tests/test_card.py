@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
+from datasets import Dataset
 from hub.loopback_hub import LoopbackHub
 from huggingface_hub import ModelCard, metadata_load, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -221,6 +223,18 @@ def test_the_command_is_that_of_as_many_processes(trained):
     assert "| machine | NVIDIA H100, 8 processes |" in card_of(several)
 
 
+def test_the_type_of_matrix_products_stands_in_the_command_whatever_it_is(trained):
+    """Its default is by machine."""
+    assert "--bf16 false" in training_command(trained)
+    assert "--bf16 true" in training_command(change(trained, training_arguments={"bf16": True}))
+
+
+def test_a_stricter_licence_can_be_named(trained):
+    card = render_card(trained, "org/name", "main", "cc-by-nc-4.0")
+    assert card.data.license == "cc-by-nc-4.0" and "its weights are published under cc-by-nc-4.0" in card.text
+    assert "its weights are published under apache-2.0" in card_of(trained)
+
+
 def test_how_epsilon_was_chosen_can_be_told(trained):
     noted = change(trained, model_arguments={"ot_epsilon_note": "by English validation\nof *five* seeds."})
     assert "How it was chosen: by English validation of \\*five\\* seeds." in card_of(noted)
@@ -326,6 +340,17 @@ def test_the_examples_run_as_they_stand(outputs):
     assert outputs["xquad"].strip()
     words = [line.split()[0] for line in outputs["wikiann"].splitlines()]
     assert words == "Angela Merkel wurde in Hamburg geboren .".split()
+
+
+def test_the_example_cuts_words_as_training_does(folders, byte_level_tokenizer, tmp_path):
+    folder = shutil.copytree(folders["wikiann"], tmp_path / "run")
+    byte_level_tokenizer.save_pretrained(folder)
+    snippet = snippet_of(card_of(read_run(folder)))
+    scope = {"tokenizer": byte_level_tokenizer}
+    exec(snippet[snippet.index("words = ") : snippet.index("with torch")], scope)
+    rows = Dataset.from_dict({"tokens": [scope["words"]], "ner_tags": [[0] * len(scope["words"])]})
+    windows = get_task("wikiann").windows(rows, byte_level_tokenizer, 64, 0)
+    assert scope["inputs"]["input_ids"].tolist() == windows["input_ids"][:]
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)

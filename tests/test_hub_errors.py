@@ -4,7 +4,9 @@ One client process makes all calls: huggingface_hub reads HF_ENDPOINT when it is
 own, whose fault lasts.
 """
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from xlfa.backbones import naming_model
 from xlfa.data import load_rows
 from xlfa.errors import XLFAError
 from xlfa.evaluation import load_model
-from xlfa.hub_errors import naming_read_errors
+from xlfa.hub_errors import naming_push_errors, naming_read_errors
 from xlfa.retrieval import load_states_model
 from xlfa.tasks import get_task
 
@@ -265,6 +267,14 @@ def test_a_broken_transfer_of_weights_is_named_without_its_signed_address():
         except RuntimeError as error:
             raise OSError("Can't load the model for 'org/name'") from error
     assert str(caught.value) == f"--model org/name: the connection to the Hub broke (RuntimeError): {RUN_AGAIN}"
+
+
+def test_a_full_disk_is_not_taken_for_a_broken_connection():
+    full = pytest.raises(XLFAError, match=r"^cannot push: No space left on device \(/cache/part\), on this machine;")
+    with full, naming_push_errors("org/name"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/part")
+    with pytest.raises(XLFAError, match="the connection to the Hub broke"), naming_push_errors("org/name"):
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("sizes differ"), KeyError("weight"), BrokenPipeError(32, "closed")])

@@ -103,7 +103,8 @@ def hub():
 @pytest.fixture(scope="module")
 def pushes(hub, run_folder, tmp_path_factory):
     """The outcomes of pushes by the command line, each name → its arguments after the run folder."""
-    old = {".eval_results/mlqa.yaml": "[]", "scores/mlqa/scores.json": "{}", "notes.md": "mine", "other.yaml": "1"}
+    old = {".eval_results/mlqa.yaml": "[]", "scores/mlqa/scores.json": "{}", "notes.md": "mine"}
+    old |= {".eval_results/gsm8k.yaml": "[]", "scores/mine/scores.json": "{}"}
     hub.add_repo("org/older", old)
     hub.add_repo("org/tagged", {"README.md": "something else"}, tags=["v1"])
     hub.add_repo("org/public", {"README.md": "for all"})
@@ -175,7 +176,9 @@ def test_an_unchanged_push_makes_no_commit(hub, pushes):
 
 def test_scores_that_a_run_no_longer_has_are_removed_and_other_files_stay(hub, pushes):
     assert pushes["older"]["status"] == 0 and len(hub.commits("org/older")) == 3
-    assert set(published(hub, "org/older")) == PUBLISHED | {".gitattributes", "notes.md", "other.yaml"}
+    assert set(published(hub, "org/older")) == PUBLISHED | {
+        *(".gitattributes", "notes.md", ".eval_results/gsm8k.yaml", "scores/mine/scores.json"),
+    }
 
 
 def test_privacy_is_as_asked(hub, pushes):

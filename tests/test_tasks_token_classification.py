@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from xlfa.arguments import DataArguments, ModelArguments, XLFATrainingArguments
 from xlfa.errors import XLFAError
@@ -119,14 +118,8 @@ def test_a_sentence_without_a_piece_is_missed_and_not_trained_on(tokenizer):
         TASK.training_features(rows.select([0]), tokenizer, 64, 0)
 
 
-def test_words_of_a_byte_level_tokenizer_have_the_pieces_of_running_text():
-    corpus = ["anna lee saw rome in the sun", "rome saw anna", "lee in rome"] * 5
-    backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<pad>"], initial_alphabet=alphabet)
-    backend.train_from_iterator(corpus, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+def test_words_of_a_byte_level_tokenizer_have_the_pieces_of_running_text(byte_level_tokenizer):
+    tokenizer = byte_level_tokenizer
     assert marks_spaces(tokenizer)
     windows = TASK.windows(ROWS, tokenizer, 64, 0)
     assert windows["input_ids"][0] == tokenizer("anna lee saw rome")["input_ids"]

@@ -20,11 +20,12 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 from modeling_xlfa import XLFAConfig
 from xlfa.arguments import DataArguments, ModelArguments
-from xlfa.backbones import MULTILINGUAL_E5_SMALL, PREFIX
+from xlfa.backbones import MULTILINGUAL_E5_SMALL, PREFIX, load_tokenizer
 from xlfa.data import SAMPLE
 from xlfa.scores import SUMMARIES, describe_examples, describe_splits
 from xlfa.tasks import Task, get_task
 from xlfa.tasks.task import HELD_OUT_FRACTION
+from xlfa.tasks.token_classification import marks_spaces
 
 # In a checkout; a wheel has it among its metadata.
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
@@ -81,11 +82,11 @@ RECIPE = (
     *SELECTION_STEPS,
     *("early_stopping_patience", "early_stopping_threshold", "dataloader_drop_last", "lr_scheduler_kwargs"),
 )
-# transformers' and XLFA's defaults, as run.json records them.
+# transformers' and XLFA's defaults, as run.json records them; that of bf16 is the machine's.
 RECIPE_DEFAULTS = {
     **{"gradient_accumulation_steps": 1, "max_steps": -1, "lr_scheduler_type": "linear", "warmup_steps": 0},
     **{"optim": "adamw_torch_fused", "weight_decay": 0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8},
-    **{"max_grad_norm": 1, "label_smoothing_factor": 0, "bf16": False, "fp16": False},
+    **{"max_grad_norm": 1, "label_smoothing_factor": 0, "fp16": False},
     **{"train_sampling_strategy": "random", "load_best_model_at_end": False},
     **{"eval_strategy": "epoch", "save_strategy": "epoch", "early_stopping_threshold": 0},
     **{"dataloader_drop_last": False, "lr_scheduler_kwargs": {}},
@@ -160,8 +161,12 @@ def escape_markup(value: Any) -> Any:
     return value
 
 
-def render_card(trained: TrainedRun, repo_id: str, revision: str) -> ModelCard:
-    """The card of a run that is published as `repo_id`, with a usage example for `revision`."""
+def render_card(trained: TrainedRun, repo_id: str, revision: str, licence: str = LICENCE) -> ModelCard:
+    """The card of a run that is published as `repo_id`, with a usage example for `revision`.
+
+    Args:
+        licence: of the weights.
+    """
     command = training_command(trained)
     text = {
         "name": repo_id.split("/")[-1],
@@ -179,15 +184,17 @@ def render_card(trained: TrainedRun, repo_id: str, revision: str) -> ModelCard:
         "versions": ", ".join(f"{name} {version}" for name, version in trained.run["versions"].items()),
         "epsilon": describe_epsilon(trained),
         "limits": list(describe_limits(trained)),
+        "licence": licence,
         "licences": data_licences(trained),
     }
     return ModelCard.from_template(
-        card_metadata(trained, repo_id),
+        card_metadata(trained, repo_id, licence),
         template_str=template(),
         **escape_markup(text),
         repo_id=repo_id,
         revision=revision,
         max_length=trained.config.input_length or trained.task.defaults.max_length,
+        marks_spaces=marks_spaces(load_tokenizer(str(trained.folder))),
         on_sample=trained.data_root == SAMPLE or any(is_of_sample(scores) for scores in trained.scores.values()),
         command=command,
         # A fence that no argument can close.
@@ -202,14 +209,14 @@ def template() -> str:
     return metadata.distribution("xlfa").read_text(TEMPLATE_METADATA)
 
 
-def card_metadata(trained: TrainedRun, repo_id: str) -> ModelCardData:
+def card_metadata(trained: TrainedRun, repo_id: str, licence: str) -> ModelCardData:
     """The YAML block of the card, with the scores as `model-index`."""
     codes = {"en", *(code for scores in trained.scores.values() for code in scores["languages"])}
     used = [] if trained.data_root == SAMPLE else [trained.training_set, trained.parallel_set]
     found = {metric for scores in trained.scores.values() for metric in scores["average"]}
     return ModelCardData(
         language=[*sorted(code for code in codes if re.fullmatch("[a-z]{2,3}", code)), "multilingual"],
-        license=LICENCE,
+        license=licence,
         library_name="transformers",
         pipeline_tag=PIPELINE_TAGS[trained.head],
         tags=TAGS,

@@ -3,6 +3,7 @@
 Addresses are left out as well: those of a storage behind the Hub may be signed.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ PUSH_AGAIN = "push again: what has arrived is not sent twice, and all of it ends
 RUN_AGAIN = "run it again: files that have arrived whole are not fetched twice"
 LOG_IN = "log in with `hf auth login`, or check HF_TOKEN"
 
+# Of this machine's files, not of a connection.
+LOCAL_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)
+
 # What is read of a model: how a message calls it → the names of its files.
 MODEL_PARTS = {
     "config.json": re.compile(r"(adapter_)?config\.json"),
@@ -47,6 +51,9 @@ def naming_push_errors(repo_id: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise XLFAError(_refused_push(error, repo_id)) from None
     except (HTTPError, OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in LOCAL_FAULTS:
+            place = f" ({error.filename})" if error.filename else ""
+            raise XLFAError(f"cannot push: {error.strerror}{place}, on this machine; then push again") from None
         # What hf_xet raises while weights are sent is of built-in classes; its messages may hold signed addresses.
         raise XLFAError(_broken(error, PUSH_AGAIN)) from None
     except ValueError as error:

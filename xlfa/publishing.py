@@ -35,7 +35,7 @@ import modeling_xlfa
 import xlfa
 from modeling_xlfa import XLFAConfig
 from modeling_xlfa.configuration_xlfa import AUTO_MAP
-from xlfa.card import TrainedRun, eval_result_entries, looks_local, render_card, score_table
+from xlfa.card import LICENCE, TrainedRun, eval_result_entries, looks_local, render_card, score_table
 from xlfa.errors import XLFAError
 from xlfa.files import building_folder
 from xlfa.hub_errors import naming_push_errors
@@ -53,8 +53,8 @@ TOKENIZER_FILES = (
 LOCAL_FIELDS = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 # Fields by which transformers finds code to run.
 CODE_FIELDS = ("auto_map", "custom_pipelines")
-# What a publication owns in a repo: files of this kind that the run no longer has are deleted.
-OWNED = re.compile(r"(\.eval_results/[^/]+\.yaml|scores/[^/]+/scores\.json)")
+# What a publication owns in a repo: those that the run no longer has are deleted; results that others added stay.
+OWNED = {name for task in TASKS for name in (f".eval_results/{task}.yaml", f"scores/{task}/scores.json")}
 DEFAULT_REVISION = "main"
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -79,11 +79,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--revision-tag", "--revision_tag", metavar="TAG", help="tag of the commit, such as v1")
     parser.add_argument("--create-pr", "--create_pr", action="store_true", help="open a pull request instead")
     parser.add_argument(
+        "--license",
+        default=LICENCE,
+        metavar="ID",
+        help="licence of the weights by the Hub's name, where the encoder's or the data's is stricter (%(default)s)",
+    )
+    parser.add_argument(
         "--dry-run", "--dry_run", metavar="FOLDER", help="write what would be published to a new folder, push nothing"
     )
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if arguments.dry_run is not None:
-        write_publication(arguments.run_dir, arguments.repo_id, arguments.revision_tag, Path(arguments.dry_run))
+        folder = Path(arguments.dry_run)
+        write_publication(arguments.run_dir, arguments.repo_id, arguments.revision_tag, folder, arguments.license)
         print(f"written to {arguments.dry_run}; nothing was pushed")
         return
     url = push(
@@ -92,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         private=arguments.private,
         revision_tag=arguments.revision_tag,
         create_pr=arguments.create_pr,
+        licence=arguments.license,
     )
     print(f"published: {url}")
 
@@ -103,6 +111,7 @@ def push(
     private: bool = False,
     revision_tag: str | None = None,
     create_pr: bool = False,
+    licence: str = LICENCE,
 ) -> str:
     """Publish a run folder as a model repo, in one commit; an unchanged run makes no commit.
 
@@ -112,6 +121,7 @@ def push(
         private: create it as a private one.
         revision_tag: set on the commit, and shown in the card as `revision=`.
         create_pr: open a pull request on an existing repo instead of committing to `main`.
+        licence: of the weights, by the Hub's name.
 
     Returns:
         The address of the commit or, with `create_pr`, of the pull request.
@@ -125,12 +135,14 @@ def push(
     check_token()
     # Beside the run, so that the weights can be linked and need no copy.
     with staging_folder(trained.folder) as folder:
-        stage(trained, folder, repo_id, revision_tag or DEFAULT_REVISION)
+        stage(trained, folder, repo_id, revision_tag or DEFAULT_REVISION, licence)
         with naming_push_errors(repo_id):
             return upload(folder, repo_id, private, revision_tag, create_pr)
 
 
-def write_publication(run_dir: str | os.PathLike, repo_id: str, revision_tag: str | None, folder: Path) -> None:
+def write_publication(
+    run_dir: str | os.PathLike, repo_id: str, revision_tag: str | None, folder: Path, licence: str = LICENCE
+) -> None:
     """Write what `push` would publish to a folder that does not exist yet.
 
     Raises:
@@ -142,7 +154,7 @@ def write_publication(run_dir: str | os.PathLike, repo_id: str, revision_tag: st
     trained = read_run(Path(run_dir))
     try:
         with building_folder(folder) as temporary:
-            stage(trained, temporary, repo_id, revision_tag or DEFAULT_REVISION)
+            stage(trained, temporary, repo_id, revision_tag or DEFAULT_REVISION, licence)
     except OSError as error:
         raise XLFAError(f"--dry-run {folder}: cannot write it ({error.strerror or error})") from None
 
@@ -357,13 +369,14 @@ def staging_folder(run_dir: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def stage(trained: TrainedRun, folder: Path, repo_id: str, revision: str) -> None:
+def stage(trained: TrainedRun, folder: Path, repo_id: str, revision: str, licence: str = LICENCE) -> None:
     """Write what is published into an empty folder.
 
     Args:
         trained: from `read_run`.
         folder: exists and is empty; weights are linked into it where the file system can.
         repo_id, revision: what the card's example loads.
+        licence: of the weights.
 
     Raises:
         XLFAError: if a file holds a path of this machine, leads out of the run folder, or names code.
@@ -389,7 +402,7 @@ def stage(trained: TrainedRun, folder: Path, repo_id: str, revision: str) -> Non
         entries = eval_result_entries_to_yaml(eval_result_entries(task, scores))
         write(folder / ".eval_results" / f"{task}.yaml", yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
     write(folder / "LICENSE", metadata.distribution("xlfa").read_text("licenses/LICENSE"))
-    write(folder / "README.md", str(render_card(trained, repo_id, revision)))
+    write(folder / "README.md", str(render_card(trained, repo_id, revision, licence)))
     check_no_local_path(folder, trained)
 
 
@@ -471,7 +484,7 @@ def upload(folder: Path, repo_id: str, private: bool, tag: str | None, create_pr
             raise XLFAError(f"--revision-tag {tag}: {repo_id} has this tag on other files; choose another one")
     present = api.list_repo_files(repo_id)
     additions = [CommitOperationAdd(name, path) for name, path in files.items()]
-    deletions = [CommitOperationDelete(name) for name in present if OWNED.fullmatch(name) and name not in files]
+    deletions = [CommitOperationDelete(name) for name in present if name in OWNED and name not in files]
     message = f"Publish with xlfa {xlfa.__version__}"
     commit = api.create_commit(repo_id, [*deletions, *additions], commit_message=message, create_pr=create_pr)
     if tag is not None:
