@@ -309,6 +309,21 @@ def test_one_cluster_shows_no_spread(tmp_path):
         analyse(read_study(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("controls", "compared"),
+    [
+        ({"plain": {"ot_weight": 0}, "exact": {}}, set()),
+        ({"exact": {}}, {0.1}),
+        ({"no_ot": {}, "exact": {}}, {0.1, 0.3}),
+    ],
+)
+def test_differences_are_to_the_baseline_or_the_only_control(tmp_path, controls, compared):
+    points = [{"ot_epsilon": epsilon, "ot_weight": weight} for weight in (0.1, 0.3) for epsilon in (0.1, 1)]
+    write_study(tmp_path, tasks=("xnli",), seeds=(0, 1), clusters=4, points=points, controls=controls)
+    found = [own for own in analyse(read_study(tmp_path))["conditions"] if own["kind"] == "grid"]
+    assert {float(own["line"].split()[-1]) for own in found if own["difference"] is not None} == compared
+
+
 def test_a_whole_report_of_arms_and_controls(tmp_path):
     points = [{"ot_epsilon": epsilon, "ot_weight": 0.1} for epsilon in EPSILONS] + [
         {"ot_epsilon": 0.1, "ot_weight": 0.3}

@@ -166,6 +166,7 @@ def test_a_layer_stays_a_number(load):
         ({"arms": {"a/b": {}}}, "arms: the name 'a/b' must be of letters"),
         ({"arms": {"a": {"task": "xnli"}}}, "arms.a.task: the study sets it"),
         ({"controls": {"c": {"ot_wieght": 0}}}, "controls.c.ot_wieght: there is no flag"),
+        ({"controls": {"a": {}, "b": {}}}, "controls: of several one must be named no_ot or baseline"),
         ({"controls": [1]}, r"controls: \[1\] must be a mapping"),
         ({"grid": {"ot_epsilon": 0.1}}, "grid.ot_epsilon: 0.1 must be a list of values"),
         ({"grid": {"parallel_languages": [["de"], ["de", "fr"]]}}, r"parallel_languages: \['de'\] is no single value"),

@@ -15,6 +15,7 @@ from xlfa.errors import XLFAError
 from xlfa.statistics import CONFIDENCE
 from xlfa.study.conditions import (
     BASELINES,
+    CONTROL,
     GRID,
     REFERENCES,
     Condition,
@@ -139,9 +140,10 @@ class Analysis:
         return next((own[name] for name in names if name in own), None)
 
     def baseline(self, like: Condition) -> Condition | None:
-        """What differences of a condition are taken to: `BASELINES`, else the only control."""
-        controls = controls_of(self.conditions, like)
-        return self.control(like, BASELINES) or (controls[0] if len(controls) == 1 else None)
+        """What differences of a condition are taken to: `BASELINES`, else the arm's only control."""
+        place = (CONTROL, like.task, like.arm)
+        names = [each.name for each in self.conditions if (each.kind, each.task, each.arm) == place]
+        return self.control(like, BASELINES) or self.control(like, names if len(names) == 1 else [])
 
     def _grid_lines(self) -> dict[tuple[str, str], list[Condition]]:
         """Task and line → the conditions of the grid, by level."""

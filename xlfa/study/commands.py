@@ -10,7 +10,7 @@ from pathlib import Path
 
 import transformers
 
-from xlfa.cli import add_command
+from xlfa.cli import add_command, start_logging
 from xlfa.errors import XLFAError
 from xlfa.study.grid import Plan, PlannedCell, check_models, load_plan
 from xlfa.study.leases import LEASE_SECONDS
@@ -33,8 +33,7 @@ REPORT_FOLDER = "report"
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `xlfa study`."""
     arguments = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    start_logging(logging.INFO)
     COMMANDS[arguments.command](arguments)
 
 

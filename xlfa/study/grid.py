@@ -26,6 +26,7 @@ from xlfa.backbones import naming_model, resolve_encoder
 from xlfa.errors import XLFAError
 from xlfa.evaluation import EvaluationArguments
 from xlfa.retrieval import RetrievalArguments
+from xlfa.study.conditions import BASELINES
 from xlfa.study.results import CELLS_FOLDER, CONTROL_ROLE, MAIN_ARM, OF_ARM
 from xlfa.tasks import TASKS, get_task
 from xlfa.training import parse_encoder_config
@@ -326,6 +327,10 @@ class _Reader:
         controls = [(CONTROL_ROLE + name, own) for name, own in self.named("controls").items()]
         if not parts and not controls:
             self.refuse("grid", "there is neither a grid nor a control")
+        if len(controls) > 1 and not any(role.removeprefix(CONTROL_ROLE) in BASELINES for role, _ in controls):
+            self.refuse(
+                "controls", f"of several one must be named {' or '.join(BASELINES)}: differences are taken to it"
+            )
         conditions = [controls] if not parts else [parts[0] + controls, *parts[1:]]
         for arm, part in itertools.product(arms, conditions):
             yield from ((arm, condition, seed, task) for seed in seeds for condition in part for task in tasks)
