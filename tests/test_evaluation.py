@@ -132,11 +132,20 @@ def test_an_interrupted_run_goes_on_with_the_languages_that_are_left(models, tmp
 
 def test_a_finished_run_and_one_with_other_settings_begin_anew(models, tmp_path, predicted):
     score_until_english(models, tmp_path, predicted)
-    score(models, "xnli", tmp_path, "--languages", "ar", "en", "--max_tokens_per_batch", "800")
-    assert predicted == ["ar", "en"]
-    assert sorted(path.stem for path in (tmp_path / "predictions").iterdir()) == ["ar", "en"]
-    score(models, "xnli", tmp_path, "--languages", "ar", "en", "--max_tokens_per_batch", "800")
-    assert predicted == ["ar", "en"] * 2
+    for _ in range(2):
+        score(models, "xnli", tmp_path, "--languages", "ar", "de", "en", "--max_tokens_per_batch", "800")
+    assert predicted == ["ar", "de", "en"] * 2
+
+
+def test_predictions_of_an_interrupted_run_are_not_lost_to_one_of_fewer_languages(models, tmp_path, predicted):
+    score_until_english(models, tmp_path, predicted)
+    with pytest.raises(XLFAError, match=f"{tmp_path} has scores of another run of de too"):
+        score(models, "xnli", tmp_path, "--languages", "ar", "en", "--max_tokens_per_batch", "800")
+    score(models, "xnli", tmp_path, "--languages", "ar", "en")
+    assert predicted == ["en"]
+    assert sorted(path.stem for path in (tmp_path / "predictions").iterdir()) == ["ar", "de", "en"]
+    score(models, "xnli", tmp_path, "--languages", "ar", "de", "en")
+    assert predicted == ["en"] and not (tmp_path / "unfinished.json").exists()
 
 
 def test_a_model_that_was_trained_again_is_another_one(models, tmp_path, predicted):
@@ -165,10 +174,16 @@ def test_labels_that_changed_are_read_anew(models, tmp_path, predicted):
 def test_finished_scores_of_more_languages_are_not_lost(models, tmp_path):
     score(models, "xnli", tmp_path, "--languages", "de", "en")
     before = (tmp_path / "scores.json").read_bytes()
-    with pytest.raises(XLFAError, match=f"{tmp_path} has finished scores of de too.*--output_dir"):
+    with pytest.raises(XLFAError, match=f"{tmp_path} has scores of another run of de too.*--output_dir"):
         score(models, "xnli", tmp_path, "--languages", "en")
     assert (tmp_path / "scores.json").read_bytes() == before and (tmp_path / "predictions" / "de.jsonl").exists()
     score(models, "xnli", tmp_path, "--languages", "de", "en", "fr")
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(XLFAError, match=f"cannot write to {tmp_path}/file/xnli .*--output_dir"):
+        score({"xnli": f"{tmp_path}/none"}, "xnli", tmp_path / "file" / "xnli")
 
 
 def test_two_runs_do_not_write_to_one_folder(models, tmp_path):

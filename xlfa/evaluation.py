@@ -21,6 +21,7 @@ from modeling_xlfa.modeling_xlfa import XLFAPreTrainedModel
 from xlfa.adapters import is_adapter, load_adapter
 from xlfa.arguments import InferenceArguments, check_positive, option, parse_arguments
 from xlfa.backbones import load_tokenizer
+from xlfa.cli import start_logging
 from xlfa.comparison import compare_runs, format_comparison, write_comparison
 from xlfa.data import SAMPLE, data_state, sample_clusters
 from xlfa.encoding import check_length
@@ -91,8 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         [EvaluationArguments], sys.argv[1:] if argv is None else argv, "xlfa eval", DESCRIPTION, EXAMPLES
     )
     state = PartialState(cpu=not torch.accelerator.is_available())
-    logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    start_logging(logging.INFO if state.is_main_process else logging.WARNING)
     if arguments.compare is not None:
         if state.is_main_process:
             compare(arguments)
@@ -126,7 +126,7 @@ def evaluate_model(arguments: EvaluationArguments) -> dict[str, Any]:
             writing to the same folder.
     """
     with ExitStack() as stack:
-        on_main_process(lambda: stack.enter_context(writing_alone(output_folder(arguments))))
+        on_main_process(lambda: stack.enter_context(writing_alone(writable_folder(output_folder(arguments)))))
         return _evaluate(arguments)
 
 
@@ -199,7 +199,7 @@ def _evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
     scores = build_scores(task, predictions, clusters, splits, model.config, settings, weights)
     if state.is_main_process:
         write_scores(output_folder(arguments), scores)
-        finish(output_folder(arguments))
+        finish(output_folder(arguments), languages)
     return scores
 
 

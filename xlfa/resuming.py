@@ -46,20 +46,21 @@ def begin(folder: Path, origin: dict[str, Any], languages: list[str]) -> dict[st
     """The predictions that an unfinished run of the same origin left in `folder`, by language; others are removed.
 
     Raises:
-        XLFAError: if finished scores of more languages would be lost.
+        XLFAError: if scores or predictions of other languages would be lost.
     """
     marker = folder / UNFINISHED_FILE
     text = json.dumps(origin, indent=2, sort_keys=True) + "\n"
     if marker.is_file() and marker.read_text(encoding="utf-8") == text:
         files = {language: predictions_file(folder, language) for language in languages}
         return {language: read_predictions(path) for language, path in files.items() if path.is_file()}
-    lost = [] if marker.is_file() else [code for code in finished_languages(folder) if code not in languages]
+    predicted = {path.stem: path for path in sorted(folder.glob("predictions/*.jsonl"))}
+    lost = sorted({*finished_languages(folder), *predicted} - set(languages))
     if lost:
         raise XLFAError(
-            f"{folder} has finished scores of {', '.join(lost)} too, which would be removed: name another "
+            f"{folder} has scores of another run of {', '.join(lost)} too, which would be removed: name another "
             "--output_dir, or remove that folder"
         )
-    for path in folder.glob("predictions/*.jsonl"):
+    for path in predicted.values():
         path.unlink()
     write_text(marker, text)
     return {}
@@ -73,9 +74,10 @@ def finished_languages(folder: Path) -> list[str]:
         return []
 
 
-def finish(folder: Path) -> None:
-    """From now on a run into `folder` begins anew."""
-    (folder / UNFINISHED_FILE).unlink()
+def finish(folder: Path, languages: list[str]) -> None:
+    """From now on a run into `folder` begins anew, unless predictions of other languages wait for a run of more."""
+    if {path.stem for path in folder.glob("predictions/*.jsonl")} <= set(languages):
+        (folder / UNFINISHED_FILE).unlink()
 
 
 def model_origin(name_or_path: str) -> dict[str, Any]:
