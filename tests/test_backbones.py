@@ -152,6 +152,14 @@ def test_a_tokenizer_of_few_pieces_is_one(tmp_path):
     assert load_tokenizer(str(tmp_path)).tokenize("a") == ["a"]
 
 
+def test_a_tokenizer_of_decoders_pads_and_cuts_on_the_right(tiny_encoder, tmp_path):
+    AutoTokenizer.from_pretrained(tiny_encoder, padding_side="left", truncation_side="left").save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"
+    tokenizer = load_tokenizer(str(tmp_path))
+    long, short = tokenizer(["a b c d", "e"], padding=True, truncation=True, max_length=4)["input_ids"]
+    assert tokenizer.decode(long) == "[CLS] a b [SEP]" and tokenizer.decode(short) == "[CLS] e [SEP] [PAD]"
+
+
 def test_an_unknown_packaged_name_is_named():
     with pytest.raises(XLFAError, match="'e5-huge'"):
         resolve_encoder("packaged:e5-huge")

@@ -1,6 +1,7 @@
 """The console script and the entry scripts: help, version, and user errors without a traceback."""
 
 import dataclasses
+import logging
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from conftest import REPOSITORY
 
 import xlfa
 from xlfa.arguments import COMMON_TRAINING_FLAGS
-from xlfa.cli import main
+from xlfa.cli import main, start_logging
 from xlfa.study.grid import TRAINING_TYPES
 
 
@@ -25,6 +26,15 @@ def test_help_has_examples_and_needs_no_torch():
     check = "try:\n    main()\nexcept SystemExit:\n    assert 'torch' not in sys.modules\n"
     done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=True, timeout=60)
     assert "examples:" in done.stdout
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx2"])
+def test_requests_whose_addresses_may_be_signed_are_not_logged(library, monkeypatch):
+    logger = logging.getLogger(library)
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    logger.manager._clear_cache()
+    start_logging(logging.INFO)
+    assert not logger.isEnabledFor(logging.INFO) and logger.isEnabledFor(logging.WARNING)
 
 
 def test_a_reader_that_wants_no_more_ends_the_command_quietly():

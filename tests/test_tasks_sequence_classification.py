@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from transformers import AutoTokenizer
 
 from xlfa.errors import XLFAError
@@ -46,6 +46,24 @@ def mirror_with_label(tmp_path):
         return str(tmp_path / "root")
 
     return write
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (["contradiction", "entailment", "neutral"], True),
+        (["Neutral", "Entailment", "Contradiction"], True),
+        (["Entailment", "Neutral", "Contradiction"], False),
+        (["0", "1", "2"], False),
+    ],
+)
+def test_labels_in_another_order_are_refused(names, refused):
+    rows = ROWS.cast_column("label", ClassLabel(names=names))
+    if refused:
+        with pytest.raises(XLFAError, match=f"the set: the labels are {', '.join(names).lower()}; the task 'xnli'"):
+            TASK.check_rows(rows, "the set")
+    else:
+        TASK.check_rows(rows, "the set")
 
 
 def plain(tokenizer, ids):

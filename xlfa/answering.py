@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xlfa.alignment.words import check_text
 from xlfa.arguments import InferenceArguments, option, parse_arguments
+from xlfa.cli import start_logging
 from xlfa.errors import XLFAError
 from xlfa.evaluation import input_lengths, load_model
 from xlfa.files import STANDARD_STREAM, check_output, naming_output, replacing
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse_arguments(
         [AnsweringArguments], sys.argv[1:] if argv is None else argv, "xlfa predict", DESCRIPTION, EXAMPLES
     )
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    start_logging(logging.WARNING)
     model, tokenizer = load_model(TASK, arguments.model)
     model.to(PartialState().device)
     with reading(arguments) as rows, writing(arguments.output) as output:

@@ -90,10 +90,14 @@ def naming_model(name: str) -> Iterator[None]:
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of an encoder or a run, a folder or a Hub id; no remote code runs.
 
+    It pads and cuts on the right. Padding on the left, as for decoders, would move tokens by the others of their batch.
+
     Raises:
         OSError, ValueError: where there is none; `naming_model` names the model.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, trust_remote_code=False, padding_side="right", truncation_side="right"
+    )
     # What transformers 5 makes for most families where there is no file: every text would be unknown.
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
         raise ValueError(

@@ -1,6 +1,7 @@
 """The console script `xlfa`: one sub-command for each thing the package does."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 
@@ -40,6 +41,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("command", choices=list(COMMANDS), help="each has a --help")
     arguments = parser.parse_args(argv[:1])
     exit_with_message(COMMANDS[arguments.command], argv[1:])
+
+
+def start_logging(level: int) -> None:
+    """Log to the terminal from that level on, without the requests to the Hub: their addresses may be signed."""
+    logging.basicConfig(level=level, format="%(message)s")
+    # huggingface_hub 2 and 1.
+    for name in ("httpx2", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def add_command(

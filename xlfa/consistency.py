@@ -28,6 +28,7 @@ from transformers.utils import ModelOutput
 from modeling_xlfa.configuration_xlfa import check_weights_file
 from xlfa.arguments import InferenceArguments, check_positive, option, parse_arguments
 from xlfa.backbones import load_tokenizer, naming_model, resolve_encoder
+from xlfa.cli import start_logging
 from xlfa.data import load_rows
 from xlfa.encoding import check_length
 from xlfa.environment import describe_threads, versions
@@ -94,8 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse_arguments(
         [ConsistencyArguments], sys.argv[1:] if argv is None else argv, "xlfa rankc", DESCRIPTION, EXAMPLES
     )
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    start_logging(logging.INFO)
     folder = scores_folder(arguments.model, arguments.output_dir, "rankc")
     scores = score_consistency(arguments)
     write_text(folder / RANKC_FILE, json.dumps(scores, indent=1) + "\n")

@@ -26,6 +26,7 @@ from modeling_xlfa import XLFAModel
 from xlfa.adapters import is_adapter, load_adapter
 from xlfa.arguments import InferenceArguments, check_positive, option, parse_arguments
 from xlfa.backbones import load_tokenizer, naming_model, resolve_encoder
+from xlfa.cli import start_logging
 from xlfa.data import load_rows
 from xlfa.encoding import check_length, check_room
 from xlfa.environment import describe_threads, versions
@@ -88,8 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse_arguments(
         [RetrievalArguments], sys.argv[1:] if argv is None else argv, "xlfa retrieval", DESCRIPTION, EXAMPLES
     )
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    start_logging(logging.INFO)
     folder = scores_folder(arguments.model, arguments.output_dir, "retrieval")
     scores = score_retrieval(arguments)
     write_text(folder / RETRIEVAL_FILE, json.dumps(scores, indent=1) + "\n")

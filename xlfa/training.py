@@ -28,6 +28,7 @@ from xlfa.arguments import (
 )
 from xlfa.backbones import load_tokenizer, naming_model, resolve_encoder
 from xlfa.checkpoints import check_same_model, check_same_run, find_checkpoint, naming_full_disk
+from xlfa.cli import start_logging
 from xlfa.encoding import check_length
 from xlfa.environment import describe_threads
 from xlfa.errors import XLFAError, exit_with_message
@@ -63,8 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         EXAMPLES,
         COMMON_TRAINING_FLAGS,
     )
-    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    start_logging(logging.INFO if training_args.should_log else logging.WARNING)
     published = training_args.push_to_hub
     if published:
         check_publishing(training_args)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from xlfa.alignment.words import check_language
+from xlfa.cli import start_logging
 from xlfa.errors import XLFAError
 from xlfa.files import check_output, naming_output
 
@@ -35,8 +36,7 @@ STRIP_EPSILONS = (0, 0.03, 0.1, 0.3, 1, 3, math.inf)
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `xlfa align`."""
     arguments = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    start_logging(logging.WARNING)
     _check(arguments)
     if arguments.file is None:
         _align_sentences(arguments)

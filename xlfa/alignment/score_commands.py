@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xlfa.alignment.commands import parse_layer
+from xlfa.cli import start_logging
 from xlfa.errors import XLFAError
 from xlfa.files import writable_folder
 
@@ -30,8 +31,7 @@ MODEL_FLAGS = ("model", "layers", "epsilons", "unbalanced", "methods", "threshol
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `xlfa align-score`."""
     arguments = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    start_logging(logging.WARNING)
     _check(arguments)
     from xlfa.alignment.score_table import format_table, write_table
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xlfa.cli import start_logging
 from xlfa.errors import XLFAError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ DEFAULT_RUNS = Path("runs")
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `xlfa app`."""
     arguments = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    start_logging(logging.WARNING)
     # Read by gradio when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     _check(arguments)

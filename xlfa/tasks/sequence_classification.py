@@ -36,6 +36,13 @@ class SequenceClassificationTask(Task):
         return XLFAForSequenceClassification
 
     def check_rows(self, rows: Dataset, place: str) -> None:
+        names = [name.lower() for name in getattr(rows.features["label"], "names", None) or []]
+        # Other names, such as PAWS-X's 0 and 1, tell nothing about the order.
+        if set(names) == set(self.label_names) and names != list(self.label_names):
+            raise XLFAError(
+                f"{place}: the labels are {', '.join(names)}; the task {self.name!r} needs "
+                f"{', '.join(self.label_names)}, in this order"
+            )
         columns = [rows[column][:] for column in (*self.sentence_columns, "label")]
         for position, (*sentences, label) in enumerate(zip(*columns)):
             if any(sentence is None for sentence in sentences):

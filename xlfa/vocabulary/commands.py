@@ -5,7 +5,7 @@ import logging
 import sys
 
 from xlfa.backbones import naming_model
-from xlfa.cli import add_command
+from xlfa.cli import add_command, start_logging
 from xlfa.vocabulary.augmentation import INITIALISATIONS, choose_pieces, piece_model, write_augmented
 from xlfa.vocabulary.folders import NEW_PIECES_FILE, Source, check_new_folder, new_folder
 from xlfa.vocabulary.texts import check_text_files, read_sentences
@@ -27,7 +27,7 @@ augment adds pieces trained on the texts (Chau & Smith 2021); they want training
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `xlfa vocab`."""
     arguments = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    start_logging(logging.WARNING)
     check_text_files(arguments.texts)
     check_new_folder(arguments.output_dir)
     with naming_model(arguments.model):
