@@ -17,8 +17,11 @@ from .configuration_xlfa import check_weights_file
 HOOKS_ARE_CHECKPOINTED = "__call__" in vars(GradientCheckpointingLayer)
 
 
-def load_encoder(name_or_path: str, text_config: PretrainedConfig) -> PreTrainedModel:
+def load_encoder(name_or_path: str, text_config: PretrainedConfig, **hub_options) -> PreTrainedModel:
     """The pretrained encoder of that name in float32, without a pooler where its class has one.
+
+    Args:
+        hub_options: of `from_pretrained`, such as `revision` and `token`.
 
     Raises:
         ValueError: where its config names weights that are not safetensors.
@@ -28,7 +31,7 @@ def load_encoder(name_or_path: str, text_config: PretrainedConfig) -> PreTrained
     has_pooler = "add_pooling_layer" in inspect.signature(encoder_class.__init__).parameters
     options = {"add_pooling_layer": False} if has_pooler else {}
     return encoder_class.from_pretrained(
-        name_or_path, config=text_config, dtype=torch.float32, use_safetensors=True, **options
+        name_or_path, config=text_config, dtype=torch.float32, use_safetensors=True, **options, **hub_options
     )
 
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     # and transport_xlfa.py imports this one on a GPU.
     from .sinkhorn_triton_xlfa import solve_with_triton  # noqa: F401
 
+# Of `from_pretrained`, and no fields of a config: a token must not be saved in one.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+
 
 class XLFAPreTrainedModel(PreTrainedModel):
     config_class = XLFAConfig
@@ -63,7 +66,8 @@ class XLFAPreTrainedModel(PreTrainedModel):
             name_or_path: a Hub id or a folder of an encoder (not of an XLFA model).
             encoder_config: fields of the encoder's own config to change, such as its dropout.
             config_fields: fields of `XLFAConfig`, and `num_labels` or `id2label` for the classification heads;
-                `attn_implementation` goes to the encoder.
+                `attn_implementation` goes to the encoder, and `revision`, `token`, `cache_dir`, `local_files_only` say
+                how it is loaded.
 
         Raises:
             ValueError: for a bad field, a model that is no encoder, or an XLFA checkpoint.
@@ -77,9 +81,15 @@ class XLFAPreTrainedModel(PreTrainedModel):
         ```
         """
         attn_implementation = config_fields.pop("attn_implementation", None)
-        text_config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        hub_options = {name: config_fields.pop(name) for name in HUB_OPTIONS if name in config_fields}
+        text_config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub_options)
         if text_config.model_type == XLFAConfig.model_type:
             raise ValueError(f"{name_or_path!r} is an XLFA checkpoint: load it with from_pretrained")
+        known = XLFAConfig(text_config=text_config, fusion="none")
+        for field in config_fields:
+            # The config would keep what is misspelt, and a secret given under another name would be published with it.
+            if not hasattr(known, field):
+                raise ValueError(f"{field}: XLFAConfig has no such field")
         for field, value in (encoder_config or {}).items():
             if not hasattr(text_config, field):
                 raise ValueError(f"encoder_config: the {text_config.model_type} config has no field {field!r}")
@@ -89,7 +99,8 @@ class XLFAPreTrainedModel(PreTrainedModel):
         if attn_implementation is not None:
             config_fields["attn_implementation"] = attn_implementation
         model = cls(XLFAConfig(text_config=text_config, **config_fields))
-        model.base_model.encoder.load_state_dict(load_encoder(name_or_path, text_config).state_dict())
+        encoder = load_encoder(name_or_path, text_config, **hub_options)
+        model.base_model.encoder.load_state_dict(encoder.state_dict())
         return model
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
@@ -541,7 +552,10 @@ def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _position_loss(logits: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Cross-entropy of positions, B, among the tokens, logits B x T; one outside of them counts as none."""
+    """Mean cross-entropy of positions, B, among the tokens, logits B x T; one outside of them counts as none.
+
+    Where all are outside it is 0, and no NaN: so a process without examples takes part in a step.
+    """
     # The first index past the window stands for none.
     none = logits.shape[1]
     inside = (positions >= 0) & (positions < none)
@@ -550,7 +564,8 @@ def _position_loss(logits: torch.Tensor, positions: torch.Tensor, attention_mask
         # No answer stands in padding, on whose length the loss would depend.
         scores = scores.masked_fill(attention_mask == 0, torch.finfo(scores.dtype).min)
         inside = inside & (attention_mask.gather(1, positions.clamp(0, none - 1).unsqueeze(1)).squeeze(1) != 0)
-    return CrossEntropyLoss(ignore_index=none)(scores, torch.where(inside, positions, none))
+    total = CrossEntropyLoss(ignore_index=none, reduction="sum")(scores, torch.where(inside, positions, none))
+    return total / inside.sum().clamp(min=1)
 
 
 def fork_generator(device: torch.device) -> AbstractContextManager:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +132,17 @@ def test_target_modules_are_those_of_the_encoder(bert_config):
 def test_bad_flags_are_refused(flags, message):
     with pytest.raises(XLFAError, match=message):
         parse_arguments([ModelArguments], ["--model", "lab/encoder", *flags], "xlfa train", "")
+
+
+@pytest.mark.parametrize("parallelism", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_adapters_of_a_split_model_are_refused(bert_config, parallelism):
+    model = adapted(XLFAForTokenClassification(XLFAConfig(text_config=bert_config)))
+    args = SimpleNamespace(n_gpu=0, ot_gradient_steps=None, max_tokens_per_batch=None)
+    trainer = SimpleNamespace(args=args, model=model, is_fsdp_enabled=False, is_deepspeed_enabled=False)
+    XLFATrainer._check_parts(trainer)
+    setattr(trainer, parallelism, True)
+    with pytest.raises(XLFAError, match="--peft lora: FSDP and DeepSpeed split .*: take DDP"):
+        XLFATrainer._check_parts(trainer)
 
 
 def gradient_of_one_step(encoder, folder, batch_size, accumulation):

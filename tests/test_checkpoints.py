@@ -17,6 +17,7 @@ from modeling_xlfa import XLFAForSequenceClassification
 from xlfa.arguments import XLFATrainingArguments
 from xlfa.checkpoints import (
     MANIFEST_FILE,
+    BestCheckpoint,
     check_unused,
     checkpoints_in,
     complete,
@@ -109,7 +110,8 @@ def test_a_checkpoint_without_an_optimizer_is_complete_and_none_to_go_on_from(wr
 
 def test_the_best_checkpoint_must_be_there_too(write_checkpoint, tmp_path):
     best, last = write_checkpoint(3), write_checkpoint(6, whole=False)
-    (last / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": str(best)}))
+    # The run was begun in another working directory, or moved.
+    (last / "trainer_state.json").write_text(json.dumps({"best_model_checkpoint": "runs/a/checkpoint-3"}))
     complete(last, {"digests": {}, "settings": {}})
     options = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
     assert find_checkpoint(arguments(tmp_path, "true", **options), WEIGHTS) == str(last)
@@ -117,6 +119,14 @@ def test_the_best_checkpoint_must_be_there_too(write_checkpoint, tmp_path):
     with pytest.raises(XLFAError, match="its best checkpoint so far, .*checkpoint-3: model.safetensors has"):
         find_checkpoint(arguments(tmp_path, "true", **options), WEIGHTS)
     assert find_checkpoint(arguments(tmp_path, "true"), WEIGHTS) == str(last)
+
+
+def test_the_best_checkpoint_of_a_run_that_was_moved_lies_beside_the_resumed_one(write_checkpoint):
+    best, last = write_checkpoint(3), write_checkpoint(6)
+    for step, expected in ((3, str(best)), (4, None), (None, None)):
+        state = TrainerState(best_global_step=step)
+        BestCheckpoint(str(last)).on_train_begin(None, state, None)
+        assert state.best_model_checkpoint == expected
 
 
 def test_only_a_run_that_left_nothing_may_begin_anew(write_checkpoint, tmp_path):
@@ -296,6 +306,27 @@ def test_a_run_goes_on_with_the_rate_that_is_given_now(tiny_encoder, unbroken, t
     assert {group["initial_lr"] for group in state["param_groups"]} == {rate / 10}
     # Linear decay, after four of five steps.
     assert [group["lr"] for group in state["param_groups"]] == pytest.approx([rate / 10 / 5] * 2)
+
+
+def test_a_rate_that_follows_the_scores_is_lowered_too(tiny_encoder, tmp_path, caplog):
+    flags = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps", "--eval_steps", "2"]
+    train(tiny_encoder, tmp_path / "a", *flags, "--learning_rate", "1e-3", "--max_steps", "2")
+    again = ["--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-2"), "--learning_rate", "1e-4"]
+    train(tiny_encoder, tmp_path / "b", *flags, *again)
+    assert "--learning_rate 0.0001 instead of 0.001" in caplog.text
+    state = torch.load(tmp_path / "b" / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    assert {group["lr"] for group in state["param_groups"]} == {1e-4}
+
+
+def test_the_last_checkpoint_stays_though_another_one_is_better(tiny_encoder, tmp_path, monkeypatch):
+    evaluate = XLFATrainer.evaluate
+
+    def worse_and_worse(trainer, *args, **kwargs):
+        return evaluate(trainer, *args, **kwargs) | {"eval_accuracy": 1 / trainer.state.global_step}
+
+    monkeypatch.setattr(XLFATrainer, "evaluate", worse_and_worse)
+    train(tiny_encoder, tmp_path, "--save_total_limit", "1", "--eval_strategy", "steps", "--eval_steps", "2")
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-5", "checkpoint-2"]
 
 
 def test_the_same_examples_a_step_may_be_cut_otherwise(tiny_encoder, unbroken, tmp_path):

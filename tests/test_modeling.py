@@ -1,5 +1,7 @@
 """The models: heads on every encoder family, losses, saving and loading, and what Trainer gets from predict()."""
 
+import json
+
 import pytest
 import torch
 from transformers import (
@@ -360,6 +362,15 @@ def test_positions_in_padding_and_negative_ones_do_not_count(bert_config):
         torch.testing.assert_close(model(**inputs, start_positions=positions, end_positions=positions).loss, expected)
 
 
+def test_a_batch_without_an_answer_in_it_has_loss_0_and_no_nan(bert_config):
+    """Such as the stand-in of a process that has no example of a step."""
+    model = XLFAForQuestionAnswering(XLFAConfig(text_config=bert_config)).eval()
+    inputs = {"input_ids": torch.arange(4)[None], "attention_mask": torch.zeros(1, 4, dtype=torch.long)}
+    loss = model(**inputs, start_positions=torch.tensor([1]), end_positions=torch.tensor([2])).loss
+    loss.backward()
+    assert loss == 0 and all(weight.grad is None or not weight.grad.any() for weight in model.parameters())
+
+
 def test_answers_outside_the_window_and_padding_do_not_count(bert_config):
     model = XLFAForQuestionAnswering(XLFAConfig(text_config=bert_config)).eval()
     inputs = task_inputs(XLFAForQuestionAnswering)
@@ -450,6 +461,20 @@ def test_from_encoder_changes_fields_of_the_encoder_and_refuses_unknown_ones(tin
     assert model.encoder.config.hidden_dropout_prob == 0.0
     with pytest.raises(ValueError, match="no field 'dropout_of_hidden'"):
         XLFAModel.from_encoder(tiny_encoder, encoder_config={"dropout_of_hidden": 0.0})
+
+
+def test_from_encoder_keeps_what_is_for_the_hub_out_of_the_config(tiny_encoder, tmp_path):
+    options = {"revision": "main", "token": "hf_secret", "cache_dir": str(tmp_path / "cache"), "local_files_only": True}
+    model = XLFAForSequenceClassification.from_encoder(tiny_encoder, num_labels=3, **options)
+    model.save_pretrained(tmp_path / "saved")
+    assert model.config.num_labels == 3
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert not options.keys() & config.keys() and "hf_secret" not in json.dumps(config)
+
+
+def test_from_encoder_refuses_unknown_fields(tiny_encoder):
+    with pytest.raises(ValueError, match="fuson: XLFAConfig has no such field"):
+        XLFAModel.from_encoder(tiny_encoder, fuson="none")
 
 
 def test_from_encoder_refuses_an_xlfa_checkpoint(bert_config, tmp_path):

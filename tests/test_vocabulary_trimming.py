@@ -105,6 +105,18 @@ def test_byte_pair_encoding_is_refused(tmp_path):
         trim_vocabulary(folder, KEPT)
 
 
+def test_the_unknown_token_of_a_unigram_model_keeps_its_id(tmp_path):
+    """RemBERT's class has the number fixed, whatever the file says."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>")
+    backend.train_from_iterator((KEPT + OTHER) * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
+    trimmed = trim_vocabulary(save_encoder(tmp_path / "unigram", tokenizer), KEPT)
+    assert AutoTokenizer.from_pretrained(trimmed).unk_token_id == tokenizer.unk_token_id == 2
+    assert len(AutoTokenizer.from_pretrained(trimmed)) < len(tokenizer)
+
+
 def test_a_cased_wordpiece_tokenizer_stays_cased(tmp_path):
     tokenizer = BertTokenizer(tokenizer_object=wordpiece_backend(), do_lower_case=False)
     folder = save_encoder(tmp_path / "cased", tokenizer)

@@ -21,6 +21,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
@@ -79,14 +80,33 @@ def find_checkpoint(training_args: XLFATrainingArguments, weights_name: str) -> 
             )
     if training_args.load_best_model_at_end:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        best = state["best_model_checkpoint"]
-        defect = None if best is None else find_defect(Path(best), weights_name)
+        # The run may have been moved, or begun in another working directory.
+        best = state["best_model_checkpoint"] and checkpoint.parent / Path(state["best_model_checkpoint"]).name
+        defect = None if best is None else find_defect(best, weights_name)
         if defect is not None:
             raise XLFAError(
                 f"--resume_from_checkpoint {checkpoint}: --load_best_model_at_end needs its best checkpoint so far, "
                 f"{best}: {defect}"
             )
     return str(checkpoint)
+
+
+class BestCheckpoint(TrainerCallback):
+    """Finds the best checkpoint of a run that was moved beside the one that is resumed: Trainer looks at the old place.
+
+    Args:
+        resumed: the checkpoint that `find_checkpoint` returned.
+    """
+
+    def __init__(self, resumed: str):
+        self.resumed = Path(resumed)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        best = self.resumed.parent / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if state.best_global_step is not None and best.is_dir():
+            state.best_model_checkpoint = str(best)
 
 
 def check_unused(folder: Path) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from modeling_xlfa.modeling_xlfa import fork_generator
 from xlfa.adapters import ADAPTER_FOLDER, plain_model
@@ -37,7 +37,7 @@ from xlfa.vocabulary.rates import scale_row_steps
 logger = logging.getLogger(__name__)
 
 # What a parameter group of an optimizer has from the training arguments.
-GROUP_SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")
+GROUP_SETTINGS = ("lr", "initial_lr", "weight_decay", "betas", "eps")
 
 # Among a batch's tensors: its shares of the labels and of the pairs of the optimizer step, times the processes.
 SHARES = "shares"
@@ -98,6 +98,8 @@ class XLFATrainer(Trainer):
                 raise XLFAError(flag + "there is no transport term to look at; give --ot_weight")
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise XLFAError(flag + "FSDP and DeepSpeed hold parts of the gradients only: leave it out")
+        if isinstance(self.model, PeftModel) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise XLFAError("--peft lora: FSDP and DeepSpeed split what adapters are merged into: take DDP")
         if self.args.max_tokens_per_batch is None:
             return
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -168,10 +170,15 @@ class XLFATrainer(Trainer):
         changed = {}
         for group, own in zip(self.optimizer.param_groups, given):
             before, rate = group.get("initial_lr"), own.get("initial_lr")
-            if before and rate is not None and before != rate:
+            if before is None and group["lr"] > own["lr"]:
+                # A rate that follows the scores (reduce_lr_on_plateau) has no first one: it is only ever lowered.
+                changed[group["lr"]] = own["lr"]
+            elif before and rate is not None and before != rate:
                 changed[before] = rate
                 # Every schedule of transformers is a factor of the first rate.
-                group["lr"] *= rate / before
+                own["lr"] = group["lr"] * rate / before
+            else:
+                own["lr"] = group["lr"]
             group |= own
         for before, rate in changed.items():
             logger.warning("going on with --learning_rate %g instead of %g", rate, before)
@@ -420,6 +427,19 @@ class XLFATrainer(Trainer):
             self.args.save_total_limit = limit
         if self.args.should_save:
             remove_old(checkpoint, limit, self.state.best_model_checkpoint)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in Trainer, but the last checkpoint stays, to go on from, unless the best model was asked for.
+
+        Trainer would remove it with a limit of 1 wherever another one has better scores.
+        """
+        limit = self.args.save_total_limit
+        if not self.args.load_best_model_at_end:
+            self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Raise `XLFAError` instead, if training has gone wrong: what is saved can be trained on from, and scored."""

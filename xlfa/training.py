@@ -27,7 +27,7 @@ from xlfa.arguments import (
     parse_arguments,
 )
 from xlfa.backbones import load_tokenizer, naming_model, resolve_encoder
-from xlfa.checkpoints import check_same_model, check_same_run, find_checkpoint, naming_full_disk
+from xlfa.checkpoints import BestCheckpoint, check_same_model, check_same_run, find_checkpoint, naming_full_disk
 from xlfa.cli import start_logging
 from xlfa.encoding import check_length
 from xlfa.environment import describe_threads
@@ -173,7 +173,7 @@ def _train(
         validation_rows=validation_rows,
         validation_windows=validation_windows,
         new_pieces=new_pieces,
-        callbacks=early_stopping(training_args),
+        callbacks=[*early_stopping(training_args), *([] if checkpoint is None else [BestCheckpoint(checkpoint)])],
     )
     if checkpoint is not None:
         check_same_run(checkpoint, trainer.run_identity)

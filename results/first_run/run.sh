@@ -24,7 +24,7 @@ for task in "${tasks[@]}"; do
         --seed 0 --output_dir "$run"
     fi
     if [ ! -f "results/first_run/$task/$variant/scores.json" ]; then
-      "${launch[@]}" eval_xlfa.py --model "$run" --task "$task" --data_root "$data_root" --max_examples 310 --bf16 \
+      "${launch[@]}" eval_xlfa.py --model "$run" --task "$task" --data_root "$data_root" --max_examples 310 --bf16 true \
         --output_dir "results/first_run/$task/$variant"
     fi
   done

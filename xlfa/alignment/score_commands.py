@@ -19,7 +19,7 @@ EPILOG = """examples:
   xlfa align-score gold.txt links.txt                      # Pharaoh files: 0-0 sure, 0?0 or 0p0 possible
   xlfa align-score gold.txt --file pairs.tsv --layer 8 --epsilon 0.1 --method mutual_argmax
   xlfa align-score --dataset local/word-alignment --data_root DATA --languages fr hi --layers 6 8 \\
-    --epsilons 0.03 0.1 --unbalanced none 0.5 --choose --output_dir results/align
+    --epsilons 0.03 0.1 --unbalanced none 0.5 --choose --output_dir runs/align
   xlfa align-score                                         # the embedded gold
 
 Scores after Och & Ney 2003, over all sentences at once, with 95 % bootstrap intervals over sentence pairs. Gold without

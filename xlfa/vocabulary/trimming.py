@@ -59,12 +59,14 @@ def _weights_identity(source: Source) -> list[str]:
 def kept_ids(source: Source, texts: Iterable[str]) -> list[int]:
     """Ids of the pieces of `texts` and of all that the tokenizer cannot do without, sorted.
 
-    So special tokens stay in their order. A unigram model's unknown token costs as much as its lowest score tells: a
-    piece that has it stays; and so do the pieces that spell unknown characters as bytes, where there are any.
+    So special tokens stay in their order, and a unigram model's unknown token at its id: some classes of transformers
+    (RemBERT's) have that number fixed. It costs as much as the lowest score tells: a piece that has it stays; and so do
+    the pieces that spell unknown characters as bytes, where there are any.
     """
     kept = {*used_ids(source.tokenizer, texts), *source.token_ids().values()}
     model = source.state["model"]
     if model["type"] == "Unigram":
+        kept.update(range(model["unk_id"] + 1))
         lowest = lowest_score(model)
         kept.add(next(index for index, (_, score) in enumerate(model["vocab"]) if score == lowest))
         if model.get("byte_fallback"):
