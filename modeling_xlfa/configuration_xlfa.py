@@ -217,6 +217,14 @@ class XLFAConfig(PretrainedConfig):
         self.auto_map = dict(AUTO_MAP)
         self.check_fields()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "XLFAConfig":
+        """As in transformers; `ValueError` for the config of another model, whose weights would not be used."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(f"a {kind!r} model, and no XLFA one: build one on it with from_encoder")
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def hidden_size(self) -> int:
         return self.text_config.hidden_size

@@ -46,7 +46,9 @@ class MaskedBatchNorm(nn.BatchNorm1d):
             batch_variance = squares / count.clamp(min=1)
             enough = count >= 2
             with torch.no_grad():
-                momentum = self.momentum * enough.to(values.dtype)
+                # None is the mean over all batches, which torch.optim.swa_utils.update_bn asks for.
+                rate = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
+                momentum = rate * enough.to(values.dtype)
                 unbiased = batch_variance * count / (count - 1).clamp(min=1)
                 self.running_mean.lerp_(batch_mean.to(self.running_mean.dtype), momentum.to(self.running_mean.dtype))
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum.to(self.running_var.dtype))
@@ -265,7 +267,7 @@ def mean_over_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
     Summed in float32 at least: a sum of float16 may overflow, and a number of tokens above 256 is rounded in bfloat16.
     """
-    weights = mask.unsqueeze(-1).to(torch.promote_types(states.dtype, torch.float32))
+    weights = mask.unsqueeze(-1).to(states.device, torch.promote_types(states.dtype, torch.float32))
     means = (states * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1)
     return means.to(states.dtype)
 

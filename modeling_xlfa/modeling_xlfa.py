@@ -239,6 +239,8 @@ class XLFAModel(XLFAPreTrainedModel):
             if attention_mask is None:
                 given = input_ids if inputs_embeds is None else inputs_embeds
                 attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+            if attention_mask.dim() != 2 and self.fusion is not None:
+                raise ValueError(f"attention_mask must be B x T for the fusion, not {tuple(attention_mask.shape)}")
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
             inputs |= {name: value for name, value in optional.items() if value is not None}
             if output_attentions:
@@ -516,7 +518,8 @@ class _XLFAClassifier(XLFAPreTrainedModel):
             features = self.select_features(encoded.last_hidden_state, attention_mask)
             logits = self.classifier(self.dropout(features))
         if logits is not None and labels is not None:
-            task_loss = CrossEntropyLoss()(_at_least_float32(logits).view(-1, self.num_labels), labels.view(-1))
+            targets = labels.view(-1).to(logits.device)
+            task_loss = CrossEntropyLoss()(_at_least_float32(logits).view(-1, self.num_labels), targets)
         output = XLFAClassifierOutput(
             loss=self.combine_losses(task_loss, encoded.ot_loss),
             logits=logits,
@@ -552,15 +555,17 @@ def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _position_loss(logits: torch.Tensor, positions: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean cross-entropy of positions, B, among the tokens, logits B x T; one outside of them counts as none.
+    """Mean cross-entropy of positions, B or B x 1, among the tokens, logits B x T; one outside of them counts as none.
 
     Where all are outside it is 0, and no NaN: so a process without examples takes part in a step.
     """
     # The first index past the window stands for none.
     none = logits.shape[1]
+    positions = positions.view(-1).to(logits.device)
     inside = (positions >= 0) & (positions < none)
     scores = _at_least_float32(logits)
     if attention_mask is not None:
+        attention_mask = attention_mask.to(logits.device)
         # No answer stands in padding, on whose length the loss would depend.
         scores = scores.masked_fill(attention_mask == 0, torch.finfo(scores.dtype).min)
         inside = inside & (attention_mask.gather(1, positions.clamp(0, none - 1).unsqueeze(1)).squeeze(1) != 0)

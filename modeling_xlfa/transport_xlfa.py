@@ -75,7 +75,8 @@ def cost_scale(
     if scale == "absolute":
         return cost.new_ones(cost.shape[0])
     if scale == "max":
-        return torch.where(_valid_entries(source_mask, target_mask), cost, 0).amax(dim=(1, 2))
+        valid = torch.where(_valid_entries(source_mask, target_mask), cost, 0)
+        return valid.amax(dim=(1, 2)) if valid.numel() else cost.new_zeros(cost.shape[0])
     # Sums over the valid entries as products with the masks: no copy of the cost is made. Row vectors times a matrix
     # are 10 times faster on a CPU than a matrix times columns.
     rows_valid, columns_valid = source_mask.to(cost.dtype).unsqueeze(1), target_mask.to(cost.dtype).unsqueeze(1)
@@ -161,8 +162,8 @@ def sinkhorn(
             once `xlfa.compiled_sinkhorn` is imported; `"auto"` takes the fastest that is there.
 
     Raises:
-        ValueError: if epsilon or tau is not positive and finite, a marginal is no distribution over its mask, the cost
-            has a NaN or an infinity at a valid entry, or the back end is not there.
+        ValueError: if epsilon or tau is not positive and finite, a marginal is no distribution over its mask, a mask is
+            of another shape, the cost has a NaN or an infinity at a valid entry, or the back end is not there.
     """
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
         clean = _finite_cost(cost, source_mask, target_mask)
@@ -188,8 +189,14 @@ def _finite_cost(cost: torch.Tensor, source_mask: torch.Tensor, target_mask: tor
     """The cost without gradient, contiguous, float32 at least, and finite outside the masks too.
 
     Raises:
-        ValueError: for a NaN or an infinity at a valid entry.
+        ValueError: for masks of other shapes, and for a NaN or an infinity at a valid entry.
     """
+    shapes = [tuple(tensor.shape) for tensor in (cost, source_mask, target_mask)]
+    if cost.dim() != 3 or shapes[1:] != [shapes[0][:2], (shapes[0][0], shapes[0][2])]:
+        raise ValueError(
+            f"the cost must be B x n x m, source_mask B x n and target_mask B x m; they are {shapes[0]}, {shapes[1]} "
+            f"and {shapes[2]}"
+        )
     cost = cost.detach().to(torch.promote_types(cost.dtype, torch.float32)).contiguous()
     if not torch.isfinite(cost.sum()):
         cost = torch.where(_valid_entries(source_mask, target_mask), cost, 0)

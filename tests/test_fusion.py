@@ -171,6 +171,17 @@ def test_batch_norm_equals_torch_on_the_valid_tokens(states, mask):
     torch.testing.assert_close(ours.running_var, reference.running_var)
 
 
+def test_without_momentum_the_running_statistics_are_means_over_batches(states):
+    """As torch.optim.swa_utils.update_bn sets them anew."""
+    ours, theirs = MaskedBatchNorm(CHANNELS).double().train(), torch.nn.BatchNorm1d(CHANNELS).double().train()
+    ours.momentum = theirs.momentum = None
+    for batch in (states, states * 3 + 1):
+        ours(batch, torch.ones(BATCH, LENGTH))
+        theirs(batch.flatten(0, 1))
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
 def test_alignment_sequences_use_running_statistics_and_leave_them_alone(states, mask):
     norm = MaskedBatchNorm(CHANNELS).double().train()
     norm(states, mask)

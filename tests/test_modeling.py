@@ -362,6 +362,27 @@ def test_positions_in_padding_and_negative_ones_do_not_count(bert_config):
         torch.testing.assert_close(model(**inputs, start_positions=positions, end_positions=positions).loss, expected)
 
 
+def test_positions_may_be_a_column(bert_config):
+    model = XLFAForQuestionAnswering(XLFAConfig(text_config=bert_config)).eval()
+    inputs = {"input_ids": torch.arange(8).view(2, 4)}
+    row = torch.tensor([1, 2])
+    expected, found = (model(**inputs, start_positions=own, end_positions=own).loss for own in (row, row[:, None]))
+    assert torch.equal(expected, found)
+
+
+def test_a_mask_of_pairs_of_tokens_is_refused_where_layers_are_fused(bert_config):
+    model = XLFAModel(XLFAConfig(text_config=bert_config)).eval()
+    with pytest.raises(ValueError, match=r"attention_mask must be B x T for the fusion, not \(1, 1, 4, 4\)"):
+        model(input_ids=torch.arange(4)[None], attention_mask=torch.ones(1, 1, 4, 4))
+
+
+def test_a_plain_encoder_is_not_taken_for_an_xlfa_model(tiny_encoder):
+    """Its weights would have other names, and all of the model would be random."""
+    for kind in (XLFAModel, XLFAForSequenceClassification, XLFAConfig):
+        with pytest.raises(ValueError, match="a 'bert' model, and no XLFA one: build one on it with from_encoder"):
+            kind.from_pretrained(tiny_encoder)
+
+
 def test_a_batch_without_an_answer_in_it_has_loss_0_and_no_nan(bert_config):
     """Such as the stand-in of a process that has no example of a step."""
     model = XLFAForQuestionAnswering(XLFAConfig(text_config=bert_config)).eval()

@@ -185,10 +185,26 @@ def test_empty_one_token_identical_and_equal_cost_pairs():
     assert loss.item() == pytest.approx(result.value[1:].mean().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("scale", ["absolute", "centered_std", "mean", "max"])
+def test_a_side_of_no_width_has_value_zero(scale):
+    result = sinkhorn(torch.ones(2, 3, 0), 0.1, torch.ones(2, 3), torch.ones(2, 0), epsilon_scale=scale)
+    assert result.value.tolist() == [0, 0]
+
+
 def test_a_batch_of_empty_pairs_has_loss_zero():
     mask = torch.zeros(2, 3, dtype=torch.long)
     loss, _ = alignment_loss(torch.randn(2, 3, 4), torch.randn(2, 3, 4), mask, mask)
     assert loss.item() == 0
+
+
+@pytest.mark.parametrize("solve", [lambda *own: sinkhorn(own[0], 0.1, *own[1:]), exact_plan, product_plan])
+@pytest.mark.parametrize(
+    ("source", "target"), [((1, 4), (1, 5)), ((3, 5), (3, 5)), ((3, 4), (3, 4)), ((4,), (5,)), ((3, 4, 1), (3, 5))]
+)
+def test_masks_of_another_shape_are_refused(solve, source, target):
+    """A mask for all pairs would be taken for one of the first, and a longer one read beyond the cost."""
+    with pytest.raises(ValueError, match="the cost must be B x n x m, source_mask B x n and target_mask B x m; they"):
+        solve(torch.rand(3, 4, 5), torch.ones(source), torch.ones(target))
 
 
 def test_a_nan_among_the_tokens_is_an_error():
