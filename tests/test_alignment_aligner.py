@@ -79,6 +79,12 @@ def test_balanced_plan_is_that_of_pot(random_states, epsilon):
     assert not alignment.null_source.any() and not alignment.null_target.any()
 
 
+@pytest.mark.parametrize(("epsilon", "tau"), [(1e-300, None), (0.001, 0.001)])
+def test_a_plan_beyond_the_numbers_is_refused(random_states, epsilon, tau):
+    with pytest.raises(XLFAError, match=f"epsilon {epsilon:g}.*too small for 64-bit numbers"):
+        list(Aligner.align([random_states], TransportOptions(epsilon, unbalanced=tau)))
+
+
 @pytest.mark.parametrize("tau", [0.5, 3.0])
 def test_unbalanced_plan_is_that_of_pot_and_leaves_words_unmatched(random_states, tau):
     options = TransportOptions(0.2, "absolute", unbalanced=tau, tol=1e-9, max_iter=100_000)

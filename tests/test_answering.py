@@ -77,10 +77,12 @@ def test_one_question_is_answered_as_text(model, capsys):
 
 
 def test_the_standard_streams_are_read_and_written(model, monkeypatch, capsys):
-    lines = '{"question": "who?", "context": "anna"}\n\n{"id": 7, "question": "who?", "context": "lee"}\n'
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    lines = '{"question": "who?", "context": "anna"}\n\n{"id": "ä", "question": "who?", "context": "lee"}\n'
+    # With a byte order mark, and another encoding as the locale's.
+    stdin = io.TextIOWrapper(io.BytesIO(lines.encode("utf-8-sig")), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdin", stdin)
     answering.main(["--model", model, "--input", "-"])
-    assert [json.loads(line)["id"] for line in capsys.readouterr().out.splitlines()] == ["1", 7]
+    assert [json.loads(line)["id"] for line in capsys.readouterr().out.splitlines()] == ["1", "ä"]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,9 @@ def test_the_standard_streams_are_read_and_written(model, monkeypatch, capsys):
     [
         ("no JSON", "questions.jsonl, line 2 is not JSON"),
         ("[1]", "questions.jsonl, line 2 is no JSON object"),
+        ("9" * 5000, "questions.jsonl, line 2 is not JSON"),
+        ("[" * 100_000, "questions.jsonl, line 2 is not JSON"),
+        (r'{"id": "\ud800", "question": "a", "context": "b"}', "line 2: the field 'id' is not valid Unicode"),
         (
             '{"question": "who?"}',
             "questions.jsonl, line 2: the field 'context' must be text that is not empty, not None",
@@ -123,7 +128,8 @@ def test_bad_lines_are_named_and_leave_no_output(model, tmp_path, line, message)
     ],
 )
 def test_bad_arguments_are_named(model, monkeypatch, flags, message):
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"question": "who?", "context": "anna"}\n'))
+    stdin = io.TextIOWrapper(io.BytesIO(b'{"question": "who?", "context": "anna"}\n'))
+    monkeypatch.setattr(sys, "stdin", stdin)
     with pytest.raises(XLFAError) as error:
         answering.main(["--model", model, *flags])
     assert message in str(error.value)

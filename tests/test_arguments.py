@@ -139,11 +139,28 @@ def test_a_missing_file_is_named(tmp_path):
         parse_arguments([EvaluationArguments], [str(tmp_path / "absent.yaml")], "xlfa eval", "")
 
 
-@pytest.mark.parametrize(("text", "message"), [("[1, 2]", "mapping"), ("", "mapping"), ("a: [1", "not valid YAML")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "mapping"),
+        ("", "mapping"),
+        ("a: [1", "not valid YAML"),
+        ("a: Bücher", "not UTF-8"),
+        ("a: {b: 1,\n    b: 2}", "the key 'b' is given twice(.|\n)*line 2"),
+    ],
+)
 def test_a_file_that_is_no_mapping_is_named(tmp_path, text, message):
-    (tmp_path / "bad.yaml").write_text(text)
+    (tmp_path / "bad.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(XLFAError, match=f"bad.yaml.*{message}"):
         yaml_flags(tmp_path / "bad.yaml")
+
+
+def test_a_file_may_say_no_and_name_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/anna")
+    text = "eval_strategy: no\nlanguages: [no, de]\nbf16: false\nother: {<<: {a: 1}, a: 2}\noutput_dir: ~/runs\n"
+    (tmp_path / "run.yaml").write_text(text)
+    flags = ["--eval_strategy", "no", "--languages", "no", "de", "--bf16", "False", "--other", '{"a": 2}']
+    assert yaml_flags(tmp_path / "run.yaml") == [*flags, "--output_dir", "/home/anna/runs"]
 
 
 def test_scoring_takes_no_recipe_so_that_the_settings_of_the_run_hold():

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from xlfa import backbones
-from xlfa.backbones import dequantize_q4_0, load_tokenizer, read_q4_file, resolve_encoder, verified_file
+from xlfa.backbones import dequantize_q4_0, load_tokenizer, read_q4_file, resolve_encoder, verified_file, writable_cache
 from xlfa.errors import XLFAError
 
 PACKAGED = "packaged:multilingual-e5-small"
@@ -158,6 +158,12 @@ def test_a_tokenizer_of_decoders_pads_and_cuts_on_the_right(tiny_encoder, tmp_pa
     tokenizer = load_tokenizer(str(tmp_path))
     long, short = tokenizer(["a b c d", "e"], padding=True, truncation=True, max_length=4)["input_ids"]
     assert tokenizer.decode(long) == "[CLS] a b [SEP]" and tokenizer.decode(short) == "[CLS] e [SEP] [PAD]"
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch):
+    monkeypatch.setenv("XLFA_CACHE", "/dev/null/cache")
+    with pytest.raises(XLFAError, match="cannot write to the cache /dev/null/cache.*XLFA_CACHE"):
+        writable_cache("locks")
 
 
 def test_an_unknown_packaged_name_is_named():

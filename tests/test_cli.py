@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -35,6 +36,18 @@ def test_requests_whose_addresses_may_be_signed_are_not_logged(library, monkeypa
     logger.manager._clear_cache()
     start_logging(logging.INFO)
     assert not logger.isEnabledFor(logging.INFO) and logger.isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_output_to_a_file_is_utf_8_whatever_the_locale(encoding):
+    """On Windows Python writes to files and pipes in the code page."""
+    code = "from xlfa.cli import main; main(['align-score', '--help'])"
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    printed = "from xlfa.errors import exit_with_message; exit_with_message(lambda argv: print('猫 …'))"
+    for program in (code, printed):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, timeout=60)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.decode() == "猫 …\n"
 
 
 def test_a_reader_that_wants_no_more_ends_the_command_quietly():

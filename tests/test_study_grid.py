@@ -1,6 +1,7 @@
 """The cells of a study's file: their number, order, ids and roles, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -192,6 +193,14 @@ def test_fields_of_the_model_are_checked_with_its_encoder(load, tiny_encoder):
     with pytest.raises(XLFAError, match=r"study.yaml, cell xnli-main-ot_epsilon_-1-s0-\w+: .*ot_epsilon=-1.0"):
         check_models(plan)
     check_models(load(train=CONTENT["train"] | {"model": tiny_encoder}, grid={"fusion_layer": [1, "learned"]}))
+
+
+def test_the_home_in_the_study_s_folder_is_that_of_its_cells(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/anna")
+    plan = load(output_dir="~/study")
+    folder = plan.folder(plan.cells[0])
+    assert plan.output_dir == Path("/home/anna/study")
+    assert plan.cells[0].training_arguments(output_dir=str(folder))[2].output_dir == str(folder)
 
 
 def test_a_number_beyond_the_cells_is_refused(load):

@@ -192,6 +192,26 @@ def test_the_time_left_is_estimated_by_task(plan):
     assert table.endswith("xnli: 1 min 30 s a cell\nxquad: 2 min 30 s a cell\ntime left: 8 min 00 s")
 
 
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b'{"seconds": 1}', b"\xff"])
+def test_a_damaged_result_is_told_and_does_not_hide_the_others(plan, content):
+    folder = plan.folder(plan.cells[2])
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_bytes(content)
+    other = plan.folder(plan.cells[3])
+    other.mkdir()
+    (other / "failed.json").write_bytes(content)
+    cells = survey(plan)
+    assert [each.state for each in cells] == ["waiting", "waiting", "failed", "failed", *["waiting"] * 8]
+    assert cells[2].error.startswith(f"{folder}/result.json is damaged") and "failed.json" in cells[3].error
+
+
+def test_a_damaged_study_file_is_named(plan):
+    claim_folder(plan)
+    (plan.output_dir / "study.json").write_text("{")
+    with pytest.raises(XLFAError, match="study.json is damaged"):
+        claim_folder(plan)
+
+
 def test_seconds_are_written_as_people_do():
     assert [format_seconds(seconds) for seconds in (0.4, 59.6, 3599.7, 7500)] == [
         *("0 s", "1 min 00 s", "1 h 00 min", "2 h 05 min")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -124,7 +125,7 @@ def reading(arguments: AnsweringArguments) -> Iterator[Iterator[dict[str, Any]]]
         row = {"id": "0", "question": arguments.question, "context": arguments.context}
         yield iter([check_row(row, "the command line")])
     elif arguments.input == STANDARD_STREAM:
-        yield read_lines(sys.stdin, "the standard input")
+        yield read_lines(TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig"), "the standard input")
     else:
         if not Path(arguments.input).exists() or Path(arguments.input).is_dir():
             raise XLFAError(f"--input {arguments.input}: no such file")
@@ -141,7 +142,7 @@ def read_lines(lines: Iterable[str], place: str) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise XLFAError(f"{place}, line {number} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise XLFAError(f"{place}, line {number} is no JSON object with question and context")
@@ -156,6 +157,8 @@ def check_row(row: dict[str, Any], place: str) -> dict[str, Any]:
     Raises:
         XLFAError: without a question or a context that is text, and valid Unicode.
     """
+    if isinstance(row["id"], str):
+        check_text(row["id"], f"{place}: the field 'id'")
     for name in ("question", "context"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise XLFAError(f"{place}: the field {name!r} must be text that is not empty, not {row.get(name)!r}")

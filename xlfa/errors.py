@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 
 
 class XLFAError(ValueError):
@@ -13,11 +14,19 @@ class XLFAError(ValueError):
     """
 
 
+def write_utf8() -> None:
+    """Let output hold every script, whatever the locale: UTF-8 in files and pipes; a terminal shows what it can."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
+
+
 def exit_with_message(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """Run the command line `main` on `argv`; on `XLFAError` print `error: …` to stderr and exit with status 2.
 
     A reader of the output that wants no more of it, such as `head`, ends the command quietly.
     """
+    write_utf8()
     try:
         main(argv)
         sys.stdout.flush()

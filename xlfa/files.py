@@ -19,8 +19,8 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def writable_folder(path: str | Path) -> Path:
-    """The folder `path` of `--output_dir`; it is there afterwards.
+def writable_folder(path: str | Path, flag: str = "output_dir") -> Path:
+    """The folder `path` of a flag; it is there afterwards.
 
     Raises:
         XLFAError: if it cannot be written to.
@@ -29,9 +29,9 @@ def writable_folder(path: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise XLFAError(f"cannot write to {folder} ({error.strerror}): name another folder with --output_dir") from None
+        raise XLFAError(f"cannot write to {folder} ({error.strerror}): name another folder with --{flag}") from None
     if not os.access(folder, os.W_OK):
-        raise XLFAError(f"cannot write to {folder}: name another folder with --output_dir")
+        raise XLFAError(f"cannot write to {folder}: name another folder with --{flag}")
     return folder
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from huggingface_hub import try_to_load_from_cache
 
-from xlfa.backbones import cache_dir
+from xlfa.backbones import writable_cache
 from xlfa.errors import XLFAError
 from xlfa.files import write_text
 from xlfa.scores import SCORES_FILE, predictions_file, read_predictions
@@ -30,8 +30,7 @@ def writing_alone(folder: Path) -> Iterator[None]:
         XLFAError: where one is writing to it.
     """
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    lock = FileLock(cache_dir() / "locks" / f"scoring-{digest}.lock", timeout=0)
-    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(writable_cache("locks") / f"scoring-{digest}.lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:

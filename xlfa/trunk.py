@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_xlfa.encoder_xlfa import encoder_layers, run_layers
 from modeling_xlfa.modeling_xlfa import XLFAModel
-from xlfa.backbones import cache_dir
+from xlfa.backbones import writable_cache
 from xlfa.errors import XLFAError
 from xlfa.files import replacing
 from xlfa.inference import InferenceOptions, infer, on_main_process
@@ -75,7 +75,7 @@ class TrunkCache:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         frozen = model.config.freeze_layers
         self.layers = sorted({*(layer for layer in model.fused_layers if layer < frozen), frozen})
-        self.folder = (root or cache_dir() / "trunks") / self._identity()
+        self.folder = (root or writable_cache("trunks")) / self._identity()
         self._files: list[torch.Tensor] = []
         # Key → file, first row, rows.
         self._places: dict[bytes, tuple[int, int, int]] = {}

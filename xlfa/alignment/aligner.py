@@ -337,6 +337,11 @@ def _align_batch(pairs: list[PairStates], options: TransportOptions) -> Iterator
     perplexities = result.plan_entropy.exp()
     for index, pair in enumerate(pairs):
         plan = result.plan[index, : len(pair.source_pieces), : len(pair.target_pieces)].numpy()
+        # Beyond the solver's reach: no piece has more partners than there are.
+        if not (np.isfinite(plan).all() and perplexities[index] <= 1.01 * len(pair.target_pieces)):
+            given = f"epsilon {options.epsilon:g}"
+            given += "" if options.unbalanced is None else f", unbalanced {options.unbalanced:g}"
+            raise XLFAError(f"{given}: too small for 64-bit numbers on these sentences; take a larger value")
         source_word_of_piece = _memberships(pair.source_word_of_piece, len(pair.source_words))
         target_word_of_piece = _memberships(pair.target_word_of_piece, len(pair.target_words))
         weights = source_word_of_piece @ plan @ target_word_of_piece.T

@@ -12,6 +12,7 @@ import transformers
 
 from xlfa.cli import add_command, start_logging
 from xlfa.errors import XLFAError
+from xlfa.files import writable_folder
 from xlfa.study.grid import Plan, PlannedCell, check_models, load_plan
 from xlfa.study.leases import LEASE_SECONDS
 from xlfa.study.results import FAILED_FILE
@@ -175,7 +176,7 @@ def _report(arguments: argparse.Namespace) -> None:
         folder, planned = plan.output_dir, plan.cells
     elif arguments.output_dir is not None:
         raise XLFAError(f"--output_dir {arguments.output_dir} goes with a study's file; {folder} is a folder")
-    output = arguments.output or folder / REPORT_FOLDER
+    output = writable_folder(arguments.output or folder / REPORT_FOLDER, "output")
     print(f"written to {write_report(folder, output, planned)}")
 
 

@@ -5,12 +5,11 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from xlfa.backbones import cache_dir, naming_model
+from xlfa.backbones import naming_model, writable_cache
 from xlfa.data import SAMPLE
 from xlfa.files import write_text
 from xlfa.retrieval import COLUMNS, CONFIGS, load_pairs, score_retrieval
@@ -118,9 +117,7 @@ class Encoders:
         digest = hashlib.sha256(json.dumps([data_kind(self.plan.data_root), *key]).encode()).hexdigest()[:16]
         path = self.plan.output_dir / folder / f"{digest}.json"
         # Of this machine's workers one computes; another machine may do so at the same time, and finds the same.
-        lock = Path(cache_dir()) / f"study-{digest}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):
+        with FileLock(writable_cache() / f"study-{digest}.lock"):
             if not path.is_file():
                 write_text(path, json.dumps(compute()) + "\n")
             return json.loads(path.read_text(encoding="utf-8"))

@@ -153,7 +153,8 @@ def load_plan(path: Path, data_root: str | None = None, output_dir: str | None =
     return Plan(
         file=path,
         name=reader.text("name"),
-        output_dir=Path(output_dir or reader.text("output_dir")),
+        # As `TrainingArguments` does.
+        output_dir=Path(output_dir or reader.text("output_dir")).expanduser(),
         data_root=data_root or (reader.text("data_root") if "data_root" in reader.content else None),
         keep_models=reader.boolean("keep_models"),
         cells=tuple(reader.cells()),

@@ -116,8 +116,11 @@ def _read_owner(path: Path, seconds: float) -> dict[str, Any] | None:
     # Opened anew: NFS then asks the server for content and time.
     with path.open(encoding="utf-8") as file:
         text, modified = file.read(), os.fstat(file.fileno()).st_mtime
-    # Empty until its owner has written it.
-    owner = json.loads(text) if text.endswith("\n") else {}
+    # Empty until its owner has written it; of what is damaged the time limit decides too.
+    try:
+        owner = json.loads(text) if text.endswith("\n") else {}
+    except ValueError:
+        owner = {}
     if "released" in owner or _is_gone(owner):
         return None
     return None if _clock(path.parent) - modified > seconds else owner

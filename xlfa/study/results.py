@@ -278,7 +278,7 @@ def read_cell(folder: Path) -> Cell:
         raise XLFAError(f"cannot read {path}: {error.strerror}") from None
     except KeyError as error:
         raise XLFAError(f"{path} lacks {error.args[0]!r}: remove the cell's folder and run the study again") from None
-    except (TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise XLFAError(f"{path} is no result of a cell: {error}") from None
     if missing:
         raise XLFAError(f"{path}: its scores lack {sorted(missing)[0]!r}: remove the cell's folder and run it again")

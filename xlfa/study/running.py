@@ -23,7 +23,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from xlfa.errors import XLFAError
-from xlfa.files import write_text
+from xlfa.files import writable_folder, write_text
 from xlfa.study.cell import remove_weights
 from xlfa.study.encoders import data_kind
 from xlfa.study.grid import Plan, PlannedCell
@@ -48,11 +48,16 @@ Run = Callable[[PlannedCell], dict[str, Any]]
 
 def claim_folder(plan: Plan) -> None:
     """Raise `XLFAError` if the study's folder is another study's, or of other data: their cells would be mixed."""
-    path = plan.output_dir / STUDY_FILE
+    path = writable_folder(plan.output_dir) / STUDY_FILE
     claim = {"name": plan.name, "data": data_kind(plan.data_root)}
     if not path.is_file():
         write_text(path, json.dumps(claim, indent=2) + "\n")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise XLFAError(
+            f"{path} is damaged: write {json.dumps(claim)} into it, if the cells are of this study"
+        ) from None
     for name, value in claim.items():
         if found.get(name) != value:
             raise XLFAError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from xlfa.study.grid import Plan, PlannedCell
 from xlfa.study.leases import LEASE_SECONDS, owner_of
-from xlfa.study.results import FAILED_FILE, RESULT_FILE
+from xlfa.study.results import FAILED_FILE, RESULT_FILE, read_failure
 
 STATES = ("done", "running", "failed", "waiting")
 
@@ -39,13 +39,17 @@ def survey(plan: Plan, lease_seconds: float = LEASE_SECONDS) -> list[CellStatus]
 def cell_status(folder: Path, cell: PlannedCell, lease_seconds: float) -> CellStatus:
     """The status of the cell in `folder`."""
     if (folder / RESULT_FILE).is_file():
-        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-        return CellStatus(cell, "done", seconds=sum(result["seconds"].values()))
+        try:
+            result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+            return CellStatus(cell, "done", seconds=sum(result["seconds"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            error = f"{folder / RESULT_FILE} is damaged: remove the cell's folder, and run the cell again"
+            return CellStatus(cell, "failed", error=error)
     owner = owner_of(folder, lease_seconds)
     if owner is not None:
         return CellStatus(cell, "running", owner=owner)
     if (folder / FAILED_FILE).is_file():
-        return CellStatus(cell, "failed", error=json.loads((folder / FAILED_FILE).read_text(encoding="utf-8"))["error"])
+        return CellStatus(cell, "failed", error=read_failure(folder))
     return CellStatus(cell, "waiting")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from xlfa.backbones import cache_dir
+from xlfa.backbones import cache_dir, writable_cache
 from xlfa.errors import XLFAError
 from xlfa.files import building_folder
 from xlfa.vocabulary.folders import Source, lowest_score, write_folder
@@ -43,6 +43,7 @@ def trimmed_encoder(source: Source, kept: list[int]) -> str:
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     target = cache_dir() / f"{source.name}-trimmed-{digest}"
     if not target.is_dir():
+        writable_cache()
         with building_folder(target, exist_ok=True) as folder:
             write_trimmed(source, kept, folder)
     return str(target)
