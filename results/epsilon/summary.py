@@ -22,12 +22,14 @@ def main() -> None:
     report = json.loads(REPORT.read_text(encoding="utf-8"))
     for task in TASKS:
         print(table(report, task), end="\n\n")
+    print(table_of_weights(report))
 
 
 def table(report: dict[str, Any], task: str) -> str:
-    """A row a condition of the main arm: scores, differences to no transport term, what the term did."""
+    """A row a condition of the main arm at its first weight: scores, differences to no OT, what the term did."""
     metrics = report["tasks"][task]["metrics"]
-    conditions = {own["condition"]: own for own in report["conditions"] if (own["task"], own["arm"]) == (task, ARM)}
+    lines = (ARM, report["lines"][0])
+    conditions = {own["condition"]: own for own in report["conditions"] if own["task"] == task and own["line"] in lines}
     names = [name for own in ORDER for name in (report["axis"]["levels"] if own is None else [own])]
     first, *others = (METRICS[metric] for metric in metrics)
     heading = [
@@ -36,6 +38,25 @@ def table(report: dict[str, Any], task: str) -> str:
     ]
     rows = [row(conditions[name], metrics) for name in names if name in conditions]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [heading, ["---"] * len(heading), *rows])
+
+
+def table_of_weights(report: dict[str, Any]) -> str:
+    """A row a weight: mean differences to no OT, over the seeds that all weights have, by task and epsilon."""
+    found = {(own["task"], own["line"], own["condition"]): own for own in report["conditions"] if own["kind"] == "grid"}
+    lines = sorted(report["lines"], key=lambda line: float(line.split()[-1]))
+    lines_of_tasks = [(task, line) for task in TASKS for line in lines]
+    levels = [level for level in report["axis"]["levels"] if all((*own, level) in found for own in lines_of_tasks)]
+    seeds = sorted(set.intersection(*(set(own["seeds"]) for own in found.values())))
+    heading = ["ot_weight", *(f"{name}, epsilon {level}" for name in TASKS.values() for level in levels)]
+    rows = [heading, ["---"] * len(heading)]
+    for line in lines:
+        rows.append([line.split()[-1]])
+        for task in TASKS:
+            for level in levels:
+                by_seed = found[task, line, level]["difference"]["by_seed"]
+                mean = sum(by_seed[str(seed)] for seed in seeds) / len(seeds)
+                rows[-1].append(f"{signed(mean)} ({', '.join(signed(by_seed[str(seed)]) for seed in seeds)})")
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def row(condition: dict[str, Any], metrics: list[str]) -> list[str]:

@@ -210,7 +210,8 @@ def _differences(report: dict[str, Any]) -> Iterator[Drawing]:
     legend = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
-        legend |= dict(zip(labels, handles))
+        # The first panel's, whose lines may be of more seeds and so not faint.
+        legend = dict(zip(labels, handles)) | legend
     figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=5, fontsize=8)
     caption = (
         f"Mean over the headline languages minus that of {baseline}, paired by seed. Bars: {_intervals(members)}. "
