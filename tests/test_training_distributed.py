@@ -46,7 +46,8 @@ class Case:
     def train(self, encoder, output, processes):
         common = f"--task {self.task} --max_length 64 --max_train_examples {self.examples} --max_eval_examples 4"
         recipe = "--num_train_epochs 2 --learning_rate 1e-3 --logging_steps 1 --save_strategy no --eval_strategy no"
-        batch = f"--per_device_train_batch_size {GLOBAL_BATCH // processes}"
+        # In bfloat16 accelerate would turn the weights that FSDP shards into float32.
+        batch = f"--per_device_train_batch_size {GLOBAL_BATCH // processes} --bf16 false"
         accumulation = f"--gradient_accumulation_steps {self.accumulation} --classifier_dropout 0"
         flags = [*common.split(), *recipe.split(), *batch.split(), *accumulation.split(), *self.flags.split()]
         main(["--model", encoder, "--output_dir", str(output), "--encoder_config", NO_DROPOUT, *flags])
