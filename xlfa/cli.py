@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 import xlfa
-from xlfa.errors import exit_with_message, write_utf8
+from xlfa.errors import exit_with_message
 
 EXAMPLES = """examples:
   xlfa train configs/quickstart.yaml --output_dir runs/first
@@ -30,8 +30,10 @@ EXAMPLES = """examples:
 
 def main(argv: list[str] | None = None) -> None:
     """Run a sub-command; its own flags go on to it unread."""
-    write_utf8()
-    argv = sys.argv[1:] if argv is None else argv
+    exit_with_message(_run_command, sys.argv[1:] if argv is None else argv)
+
+
+def _run_command(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="xlfa",
         description="Cross-lingual feature aggregation.",
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"xlfa {xlfa.__version__}")
     parser.add_argument("command", choices=list(COMMANDS), help="each has a --help")
     arguments = parser.parse_args(argv[:1])
-    exit_with_message(COMMANDS[arguments.command], argv[1:])
+    COMMANDS[arguments.command](argv[1:])
 
 
 def start_logging(level: int) -> None:

@@ -14,7 +14,7 @@ class XLFAError(ValueError):
     """
 
 
-def write_utf8() -> None:
+def _write_utf8() -> None:
     """Let output hold every script, whatever the locale: UTF-8 in files and pipes; a terminal shows what it can."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -26,7 +26,7 @@ def exit_with_message(main: Callable[[list[str] | None], None], argv: list[str] 
 
     A reader of the output that wants no more of it, such as `head`, ends the command quietly.
     """
-    write_utf8()
+    _write_utf8()
     try:
         main(argv)
         sys.stdout.flush()

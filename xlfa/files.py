@@ -19,8 +19,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def writable_folder(path: str | Path, flag: str = "output_dir") -> Path:
-    """The folder `path` of a flag; it is there afterwards.
+def writable_folder(path: str | Path, name: str = "", remedy: str = "name another folder with --output_dir") -> Path:
+    """The folder `path`; it is there afterwards.
+
+    Args:
+        name: what stands before the path in the error.
+        remedy: what the error says to do.
 
     Raises:
         XLFAError: if it cannot be written to.
@@ -28,10 +32,11 @@ def writable_folder(path: str | Path, flag: str = "output_dir") -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK) else os.strerror(errno.EACCES)
     except OSError as error:
-        raise XLFAError(f"cannot write to {folder} ({error.strerror}): name another folder with --{flag}") from None
-    if not os.access(folder, os.W_OK):
-        raise XLFAError(f"cannot write to {folder}: name another folder with --{flag}")
+        reason = error.strerror
+    if reason is not None:
+        raise XLFAError(f"cannot write to {name}{folder} ({reason}): {remedy}")
     return folder
 
 

@@ -52,7 +52,7 @@ def begin(folder: Path, origin: dict[str, Any], languages: list[str]) -> dict[st
     if marker.is_file() and marker.read_text(encoding="utf-8") == text:
         files = {language: predictions_file(folder, language) for language in languages}
         return {language: read_predictions(path) for language, path in files.items() if path.is_file()}
-    predicted = {path.stem: path for path in sorted(folder.glob("predictions/*.jsonl"))}
+    predicted = _prediction_files(folder)
     lost = sorted({*finished_languages(folder), *predicted} - set(languages))
     if lost:
         raise XLFAError(
@@ -75,8 +75,13 @@ def finished_languages(folder: Path) -> list[str]:
 
 def finish(folder: Path, languages: list[str]) -> None:
     """From now on a run into `folder` begins anew, unless predictions of other languages wait for a run of more."""
-    if {path.stem for path in folder.glob("predictions/*.jsonl")} <= set(languages):
+    if _prediction_files(folder).keys() <= set(languages):
         (folder / UNFINISHED_FILE).unlink()
+
+
+def _prediction_files(folder: Path) -> dict[str, Path]:
+    """Those that lie in a folder, by language."""
+    return {path.stem: path for path in folder.glob("predictions/*.jsonl")}
 
 
 def model_origin(name_or_path: str) -> dict[str, Any]:

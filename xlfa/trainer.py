@@ -4,7 +4,7 @@ the log."""
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -169,16 +169,15 @@ class XLFATrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         changed = {}
         for group, own in zip(self.optimizer.param_groups, given):
-            before, rate = group.get("initial_lr"), own.get("initial_lr")
-            if before is None and group["lr"] > own["lr"]:
+            before, rate, start = group.get("initial_lr"), own.get("initial_lr"), own.pop("lr")
+            if before is None and group["lr"] > start:
                 # A rate that follows the scores (reduce_lr_on_plateau) has no first one: it is only ever lowered.
-                changed[group["lr"]] = own["lr"]
+                changed[group["lr"]] = start
+                group["lr"] = start
             elif before and rate is not None and before != rate:
                 changed[before] = rate
                 # Every schedule of transformers is a factor of the first rate.
-                own["lr"] = group["lr"] * rate / before
-            else:
-                own["lr"] = group["lr"]
+                group["lr"] *= rate / before
             group |= own
         for before, rate in changed.items():
             logger.warning("going on with --learning_rate %g instead of %g", rate, before)
@@ -411,11 +410,10 @@ class XLFATrainer(Trainer):
             # Of a sitting that was interrupted.
             shutil.rmtree(checkpoint)
         self.accelerator.wait_for_everyone()
-        limit = self.args.save_total_limit
-        # Trainer would remove the older ones first.
-        self.args.save_total_limit = None
         try:
-            super()._save_checkpoint(model, trial)
+            # Trainer would remove the older ones first.
+            with self._without_limit():
+                super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 complete(checkpoint, self.run_identity)
@@ -423,21 +421,23 @@ class XLFATrainer(Trainer):
             # On a full disk what was written takes the space that it lacks.
             shutil.rmtree(checkpoint, ignore_errors=True)
             raise
-        finally:
-            self.args.save_total_limit = limit
         if self.args.should_save:
-            remove_old(checkpoint, limit, self.state.best_model_checkpoint)
+            remove_old(checkpoint, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in Trainer, but the last checkpoint stays, to go on from, unless the best model was asked for.
 
         Trainer would remove it with a limit of 1 wherever another one has better scores.
         """
-        limit = self.args.save_total_limit
-        if not self.args.load_best_model_at_end:
-            self.args.save_total_limit = None
-        try:
+        with nullcontext() if self.args.load_best_model_at_end else self._without_limit():
             return super()._finalize_training(*args, **kwargs)
+
+    @contextmanager
+    def _without_limit(self) -> Iterator[None]:
+        """Within it Trainer keeps all checkpoints."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
         finally:
             self.args.save_total_limit = limit
 

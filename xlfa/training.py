@@ -173,10 +173,11 @@ def _train(
         validation_rows=validation_rows,
         validation_windows=validation_windows,
         new_pieces=new_pieces,
-        callbacks=[*early_stopping(training_args), *([] if checkpoint is None else [BestCheckpoint(checkpoint)])],
+        callbacks=early_stopping(training_args),
     )
     if checkpoint is not None:
         check_same_run(checkpoint, trainer.run_identity)
+        trainer.add_callback(BestCheckpoint(checkpoint))
     if trainer.is_world_process_zero():
         record_start(model_args, data_args, training_args, command, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)

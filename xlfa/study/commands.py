@@ -176,7 +176,7 @@ def _report(arguments: argparse.Namespace) -> None:
         folder, planned = plan.output_dir, plan.cells
     elif arguments.output_dir is not None:
         raise XLFAError(f"--output_dir {arguments.output_dir} goes with a study's file; {folder} is a folder")
-    output = writable_folder(arguments.output or folder / REPORT_FOLDER, "output")
+    output = writable_folder(arguments.output or folder / REPORT_FOLDER, remedy="name another folder with --output")
     print(f"written to {write_report(folder, output, planned)}")
 
 
